@@ -1,0 +1,172 @@
+"""What NSA remembers while decoding, and how T new tokens enter it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from sparse_attn.cache import checked_truncation, read_ring, write_ring, write_rows
+from sparse_attn.compression import entry_count
+from sparse_attn.documents import Rows
+from sparse_attn.types import HeadShape, Rope
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class NSACache:
+    """All keys are rotated, except the raw tail that waits for compression.
+
+    ``k_slc``/``v_slc`` [B, S, K, .]: every token. ``k_cmp``/``v_cmp`` [B, C, K, .]: compressed
+    entries. ``k_win``/``v_win``: rings of w + rollback tokens. ``k_tail``/``v_tail``: rings of the
+    last l - 1 + rollback tokens of the compressed branch, with their rotary positions.
+    """
+
+    length: Int[Array, " B"]
+    k_slc: Float[Array, "B S K H"]
+    v_slc: Float[Array, "B S K Hv"]
+    k_cmp: Float[Array, "B C K H"]
+    v_cmp: Float[Array, "B C K Hv"]
+    k_win: Float[Array, "B Rw K H"]
+    v_win: Float[Array, "B Rw K Hv"]
+    k_tail: Float[Array, "B Rt K H"]
+    v_tail: Float[Array, "B Rt K Hv"]
+    tail_positions: Int[Array, "B Rt"]
+    rollback: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def capacity(self) -> int:
+        """S, the tokens a sequence can hold."""
+        return self.k_slc.shape[1]
+
+    def truncate(self, lengths: Int[Array, " B"]) -> NSACache:
+        """Forget the tokens after ``lengths``, at most ``rollback`` of them per sequence.
+
+        Entries that covered forgotten tokens are outside every row's range, and are written again
+        when the sequence has regrown to their end.
+        """
+        cut = checked_truncation(self.length, lengths, self.rollback)
+        return dataclasses.replace(self, length=cut)
+
+
+def empty_cache(
+    shape: HeadShape,
+    *,
+    batch: int,
+    capacity: int,
+    rollback: int,
+    block: int,
+    stride: int,
+    window: int,
+    dtype: Any,
+) -> NSACache:
+    """A cache of static size without tokens.
+
+    Raises:
+      ValueError: if ``capacity`` is below 1 or ``rollback`` negative.
+    """
+    if capacity < 1 or rollback < 0:
+        raise ValueError(f"{capacity=} must be at least 1 and {rollback=} must not be negative")
+
+    def pair(tokens: int) -> tuple[Array, Array]:
+        keys = (batch, tokens, shape.kv_heads)
+        return (
+            jnp.zeros((*keys, shape.head_width), dtype),
+            jnp.zeros((*keys, shape.value_width), dtype),
+        )
+
+    k_slc, v_slc = pair(capacity)
+    k_cmp, v_cmp = pair(max(1, entry_count(capacity, block, stride)))
+    k_win, v_win = pair(window + rollback)
+    tail = max(1, block - 1 + rollback)
+    k_tail, v_tail = pair(tail)
+    return NSACache(
+        length=jnp.zeros((batch,), jnp.int32),
+        k_slc=k_slc,
+        v_slc=v_slc,
+        k_cmp=k_cmp,
+        v_cmp=v_cmp,
+        k_win=k_win,
+        v_win=v_win,
+        k_tail=k_tail,
+        v_tail=v_tail,
+        tail_positions=jnp.zeros((batch, tail), jnp.int32),
+        rollback=rollback,
+    )
+
+
+def append_selected(cache: NSACache, k: Array, v: Array, rows: Rows) -> NSACache:
+    """Write the new tokens' keys and values for the selected branch."""
+    return dataclasses.replace(
+        cache,
+        k_slc=write_rows(cache.k_slc, k, rows.index, rows.valid),
+        v_slc=write_rows(cache.v_slc, v, rows.index, rows.valid),
+    )
+
+
+def append_window(cache: NSACache, k: Array, v: Array, rows: Rows) -> NSACache:
+    """Put the new tokens into the window rings."""
+    return dataclasses.replace(
+        cache,
+        k_win=write_ring(cache.k_win, k, cache.length, rows),
+        v_win=write_ring(cache.v_win, v, cache.length, rows),
+    )
+
+
+def append_compressed(
+    cache: NSACache,
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K Hv"],
+    rows: Rows,
+    *,
+    block: int,
+    stride: int,
+    compress: Callable[[Array, Array], tuple[Array, Array]],
+    rope: Rope | None,
+) -> NSACache:
+    """Emit every compressed entry that became due, then put the raw tokens into the tail.
+
+    ``compress`` maps pieces [B, M, d, K, .] of keys and values to entries. ``rope`` rotates the new
+    keys at the position of their first token (``None``: they are rotated already). Skipped at run
+    time where no sequence has an entry due, as in most single-token steps.
+    """
+    length, tokens = cache.length, k.shape[1]
+    tail = cache.k_tail.shape[1]
+    first_due = jnp.maximum((length - block) // stride + 1, 0)
+    due = jnp.maximum((length + rows.appended - block) // stride + 1, 0) - first_due
+    entries = (tokens - 1) // stride + 1
+    pieces = entries + block // stride - 1
+    begin = first_due * stride - (length - tail)
+    take = begin[:, None] + jnp.arange(pieces * stride, dtype=jnp.int32)[None, :]
+
+    def emit(cmp: tuple[Array, Array]) -> tuple[Array, Array]:
+        def gather(ring: Array, chunk: Array) -> Array:
+            whole = jnp.concatenate([read_ring(ring, length), chunk.astype(ring.dtype)], axis=1)
+            index = jnp.minimum(take, whole.shape[1] - 1)
+            index = index.reshape(*index.shape, *(1 for _ in whole.shape[2:]))
+            got = jnp.take_along_axis(whole, index, axis=1)
+            return got.reshape(got.shape[0], pieces, stride, *got.shape[2:])
+
+        k_new, v_new = compress(
+            gather(cache.k_tail, k).astype(k.dtype), gather(cache.v_tail, v).astype(v.dtype)
+        )
+        if rope is not None:
+            at = gather(cache.tail_positions, rows.positions)[:, :entries, 0]
+            k_new = rope(k_new, at)
+        slot = jnp.arange(entries, dtype=jnp.int32)[None, :]
+        index, keep = first_due[:, None] + slot, slot < due[:, None]
+        return write_rows(cmp[0], k_new, index, keep), write_rows(cmp[1], v_new, index, keep)
+
+    k_cmp, v_cmp = jax.lax.cond(jnp.any(due > 0), emit, lambda cmp: cmp, (cache.k_cmp, cache.v_cmp))
+    return dataclasses.replace(
+        cache,
+        k_cmp=k_cmp,
+        v_cmp=v_cmp,
+        k_tail=write_ring(cache.k_tail, k, length, rows),
+        v_tail=write_ring(cache.v_tail, v, length, rows),
+        tail_positions=write_ring(cache.tail_positions, rows.positions, length, rows),
+    )
