@@ -25,7 +25,9 @@ def write_rows(
     size = buffer.shape[1]
     target = jnp.where(keep, index, size)
     rows = jnp.broadcast_to(jnp.arange(buffer.shape[0])[:, None], target.shape)
-    return buffer.at[rows, target].set(chunk.astype(buffer.dtype), mode="drop")
+    written = buffer.at[rows, target].set(chunk.astype(buffer.dtype), mode="drop")
+    # Otherwise XLA fuses the write into every reader, each with a copy of the whole buffer.
+    return jax.lax.optimization_barrier(written)
 
 
 def write_ring(

@@ -143,7 +143,7 @@ def append_compressed(
     begin = first_due * stride - (length - tail)
     take = begin[:, None] + jnp.arange(pieces * stride, dtype=jnp.int32)[None, :]
 
-    def emit(cmp: tuple[Array, Array]) -> tuple[Array, Array]:
+    def emit() -> tuple[Array, Array]:
         def gather(ring: Array, chunk: Array) -> Array:
             whole = jnp.concatenate([read_ring(ring, length), chunk.astype(ring.dtype)], axis=1)
             index = jnp.minimum(take, whole.shape[1] - 1)
@@ -157,15 +157,20 @@ def append_compressed(
         if rope is not None:
             at = gather(cache.tail_positions, rows.positions)[:, :entries, 0]
             k_new = rope(k_new, at)
-        slot = jnp.arange(entries, dtype=jnp.int32)[None, :]
-        index, keep = first_due[:, None] + slot, slot < due[:, None]
-        return write_rows(cmp[0], k_new, index, keep), write_rows(cmp[1], v_new, index, keep)
+        return k_new.astype(cache.k_cmp.dtype), v_new.astype(cache.v_cmp.dtype)
 
-    k_cmp, v_cmp = jax.lax.cond(jnp.any(due > 0), emit, lambda cmp: cmp, (cache.k_cmp, cache.v_cmp))
+    def nothing() -> tuple[Array, Array]:
+        k_new, v_new = jax.eval_shape(emit)
+        return jnp.zeros(k_new.shape, k_new.dtype), jnp.zeros(v_new.shape, v_new.dtype)
+
+    # Only the new entries pass through the conditional: whole buffers would be copied there.
+    k_new, v_new = jax.lax.cond(jnp.any(due > 0), emit, nothing)
+    slot = jnp.arange(entries, dtype=jnp.int32)[None, :]
+    index, keep = first_due[:, None] + slot, slot < due[:, None]
     return dataclasses.replace(
         cache,
-        k_cmp=k_cmp,
-        v_cmp=v_cmp,
+        k_cmp=write_rows(cache.k_cmp, k_new, index, keep),
+        v_cmp=write_rows(cache.v_cmp, v_new, index, keep),
         k_tail=write_ring(cache.k_tail, k, length, rows),
         v_tail=write_ring(cache.v_tail, v, length, rows),
         tail_positions=write_ring(cache.tail_positions, rows.positions, length, rows),

@@ -1,0 +1,55 @@
+# Every target sets itself up in .venv: the only thing needed is Python >= 3.12 (or uv).
+# PYTHON=/path/to/python3.12 names an interpreter that is not on PATH.
+
+VENV := .venv
+BIN := $(VENV)/bin
+RUN := $(VENV)/.stamp-run
+DEV := $(VENV)/.stamp-dev
+CONFIG ?= configs/quickstart.py
+LENGTHS ?= 1024,4096,16384
+TESTS ?= tests
+
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: help train test test-full lint format bench clean
+
+help:
+	@echo "make train      train the quickstart language model, evaluate it, print the table"
+	@echo "make test       the test-suite at small sizes"
+	@echo "make test-full  the test-suite at real block sizes (long)"
+	@echo "make lint       ruff and mypy"
+	@echo "make format     let ruff rewrite the files"
+	@echo "make bench      dense and sparse attention side by side (LENGTHS=1024,4096)"
+	@echo "make clean      remove .venv and caches, keep runs/"
+
+$(RUN): pyproject.toml constraints.txt .python-version scripts/set_up.sh
+	@bash scripts/set_up.sh $(VENV) .
+	@touch $@
+
+$(DEV): $(RUN)
+	@bash scripts/set_up.sh $(VENV) ".[dev]"
+	@touch $@
+
+train: $(RUN)
+	@$(BIN)/python -m train --config $(CONFIG) $(ARGS)
+
+test: $(DEV)
+	@$(BIN)/python -m pytest -n 2 -m "not full" $(TESTS)
+
+test-full: $(DEV)
+	@$(BIN)/python -m pytest $(TESTS)
+
+lint: $(DEV)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: $(DEV)
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: $(RUN)
+	@$(BIN)/python scripts/bench_attention.py --lengths $(LENGTHS) $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

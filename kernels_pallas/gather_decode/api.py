@@ -1,0 +1,60 @@
+"""Gathered attention for decoding: the public call, its checks and its choice of a backend."""
+
+from __future__ import annotations
+
+from jaxtyping import Array, Float, Int
+
+from kernels_pallas.block_sparse.api import check_arguments
+from kernels_pallas.common import AttentionOutput, Implementation, dispatch
+from kernels_pallas.gather_decode import reference, xla
+
+__all__ = ["gather_decode"]
+
+_BACKENDS = {
+    "reference": reference.gather_decode,
+    "xla": xla.gather_decode,
+}
+
+
+def gather_decode(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K Hv"],
+    indices: Int[Array, "B T J P"],
+    *,
+    block_size: int,
+    positions: Int[Array, "B T"],
+    causal: bool = True,
+    scale: float | None = None,
+    implementation: Implementation = "auto",
+) -> AttentionOutput:
+    """Block-sparse attention for few queries: every list's blocks are gathered and attended.
+
+    The formula, arguments, results and errors are those of
+    :func:`kernels_pallas.block_sparse.block_sparse_attention`; ``positions`` [B, T] is required.
+    Work and memory are O(B T J P block_size) and independent of S: the cache is neither copied nor
+    transposed. Meant for decode steps (T of one to a few); for many queries the block-sparse op,
+    which shares loads between neighbouring queries, is faster.
+
+    Returns:
+      ``out`` [B, T, N, Hv] in q's dtype and ``lse`` [B, T, N]. Differentiable in q, k and v by
+      plain automatic differentiation.
+
+    Raises:
+      ValueError: for shapes, dtypes or sizes that contradict each other.
+      NotImplementedError: if the named backend cannot serve the call.
+    """
+    check_arguments("gather_decode", q, k, v, indices, positions, block_size)
+    return dispatch(
+        "gather_decode",
+        implementation,
+        _BACKENDS,
+        q,
+        k,
+        v,
+        indices,
+        block_size=block_size,
+        positions=positions,
+        causal=causal,
+        scale=q.shape[3] ** -0.5 if scale is None else scale,
+    )

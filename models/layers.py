@@ -1,0 +1,136 @@
+"""One decoder layer: RMSNorm, grouped-query attention around a mechanism, SwiGLU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from models.config import ModelConfig
+from sparse_attn.dense import Dense
+from sparse_attn.nsa import NSA
+from sparse_attn.registry import build_mechanism
+from sparse_attn.types import Attend, Aux, Heads, Rope
+
+
+def normal(rngs: nnx.Rngs, shape: tuple[int, ...], scale: float, dtype: Any) -> nnx.Param:
+    """A parameter drawn from N(0, scale^2)."""
+    return nnx.Param(scale * jax.random.normal(rngs.params(), shape, dtype))
+
+
+class RMSNorm(nnx.Module):
+    """``x / sqrt(mean(x^2) + epsilon) * scale`` over the last axis; statistics in float32.
+
+    ``scale`` has ``shape``: its last axis is normalised, axes before it are the leading ones of x.
+    """
+
+    def __init__(self, shape: tuple[int, ...], epsilon: float, dtype: Any):
+        self.scale = nnx.Param(jnp.ones(shape, dtype))
+        self.epsilon = epsilon
+
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        power = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+        scale = self.scale[...].astype(wide.dtype)
+        between = (1,) * (wide.ndim - scale.ndim)
+        scale = scale.reshape(*scale.shape[:-1], *between, scale.shape[-1])
+        return (wide * jax.lax.rsqrt(power + self.epsilon) * scale).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Projections around a mechanism; R key-value branches as the mechanism asks.
+
+    Parameters ``q`` [D, N, H], ``k`` [R, D, K, H], ``v`` [R, D, K, Hv], ``o`` [N, Hv, D], with
+    ``qkv_bias`` ``q_bias`` [N, H], ``k_bias`` [R, K, H], ``v_bias`` [R, K, Hv], with
+    ``query_key_norm`` ``q_norm`` [H] and ``k_norm`` [R, H].
+    """
+
+    def __init__(self, config: ModelConfig, attention: NSA | Dense, *, rngs: nnx.Rngs):
+        shape = config.head_shape
+        N, K, D = shape.query_heads, shape.kv_heads, shape.model_width
+        H, Hv = shape.head_width, shape.value_width
+        dtype = jnp.dtype(config.param_dtype)
+        self.config = config
+        self.mechanism = build_mechanism(attention, shape, rngs=rngs, param_dtype=dtype)
+        R = attention.kv_branches
+        self.q = normal(rngs, (D, N, H), D**-0.5, dtype)
+        self.k = normal(rngs, (R, D, K, H), D**-0.5, dtype)
+        self.v = normal(rngs, (R, D, K, Hv), D**-0.5, dtype)
+        self.o = normal(rngs, (N, Hv, D), (N * Hv * 2 * config.layers) ** -0.5, dtype)
+        if config.qkv_bias:
+            self.q_bias = nnx.Param(jnp.zeros((N, H), dtype))
+            self.k_bias = nnx.Param(jnp.zeros((R, K, H), dtype))
+            self.v_bias = nnx.Param(jnp.zeros((R, K, Hv), dtype))
+        if config.query_key_norm:
+            self.q_norm = RMSNorm((H,), config.norm_epsilon, dtype)
+            self.k_norm = RMSNorm((R, H), config.norm_epsilon, dtype)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        rope: Rope,
+        cache: Any = None,
+        *,
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        attend: Attend = "sparse",
+        inspect: bool = False,
+    ) -> tuple[Float[Array, "B T D"], Any, Aux]:
+        dtype = x.dtype
+        q = jnp.einsum("BTD,DNH->BTNH", x, self.q[...].astype(dtype))
+        k = jnp.einsum("BTD,RDKH->RBTKH", x, self.k[...].astype(dtype))
+        v = jnp.einsum("BTD,RDKH->RBTKH", x, self.v[...].astype(dtype))
+        if self.config.qkv_bias:
+            q = q + self.q_bias[...].astype(dtype)[None, None]
+            k = k + self.k_bias[...].astype(dtype)[:, None, None]
+            v = v + self.v_bias[...].astype(dtype)[:, None, None]
+        if self.config.query_key_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        out, cache, aux = self.mechanism(
+            Heads(q=q, k=k, v=v, x=x, rope=rope),
+            cache,
+            positions=positions,
+            segment_ids=segment_ids,
+            attend=attend,
+            inspect=inspect,
+        )
+        return jnp.einsum("BTNH,NHD->BTD", out, self.o[...].astype(dtype)), cache, aux
+
+
+class SwiGLU(nnx.Module):
+    """``(silu(x gate) * (x up)) down`` with weights [D, F], [D, F], [F, D] (arXiv 2002.05202)."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        D, F = config.model_width, config.mlp_width
+        dtype = jnp.dtype(config.param_dtype)
+        self.gate = normal(rngs, (D, F), D**-0.5, dtype)
+        self.up = normal(rngs, (D, F), D**-0.5, dtype)
+        self.down = normal(rngs, (F, D), (F * 2 * config.layers) ** -0.5, dtype)
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        dtype = x.dtype
+        gate = jnp.einsum("BTD,DF->BTF", x, self.gate[...].astype(dtype))
+        up = jnp.einsum("BTD,DF->BTF", x, self.up[...].astype(dtype))
+        return jnp.einsum("BTF,FD->BTD", jax.nn.silu(gate) * up, self.down[...].astype(dtype))
+
+
+class Layer(nnx.Module):
+    """``x += attention(norm(x)); x += mlp(norm(x))``."""
+
+    def __init__(self, config: ModelConfig, attention: NSA | Dense, *, rngs: nnx.Rngs):
+        dtype = jnp.dtype(config.param_dtype)
+        self.attention_norm = RMSNorm((config.model_width,), config.norm_epsilon, dtype)
+        self.attention = Attention(config, attention, rngs=rngs)
+        self.mlp_norm = RMSNorm((config.model_width,), config.norm_epsilon, dtype)
+        self.mlp = SwiGLU(config, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "B T D"], rope: Rope, cache: Any = None, **call: Any
+    ) -> tuple[Float[Array, "B T D"], Any, Aux]:
+        """One layer; ``call`` holds the keyword arguments of :class:`Attention`."""
+        out, cache, aux = self.attention(self.attention_norm(x), rope, cache, **call)
+        x = x + out
+        return x + self.mlp(self.mlp_norm(x)), cache, aux

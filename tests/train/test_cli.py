@@ -1,0 +1,142 @@
+"""python -m train: what it prints, and its exit status."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import train.evaluate
+from train.__main__ import main
+
+ROOT = Path(__file__).parents[2]
+TINY = ["--config", str(ROOT / "configs" / "tiny.py")]
+DENSE = ["--model.attention", "dense", "--model.layers", "1"]
+
+
+@pytest.fixture
+def run_flags(texts, tmp_path, compilations):
+    return [
+        *TINY,
+        *DENSE,
+        *("--steps", "2", "--run-dir", str(tmp_path / "run")),
+        *("--data.source", str(texts), "--data.cache-dir", str(tmp_path / "cache")),
+        *("--data.validation-fraction", "0.2", "--data.evaluation-fraction", "0.2"),
+        *("--logging.inspect-every", "0"),
+    ]
+
+
+def failure(arguments, capsys):
+    """The message of a command that must fail."""
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    return " ".join(captured.err.split())
+
+
+def test_without_arguments_it_lists_the_recipes(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert main([]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "configs/quickstart.py" in said
+    assert "configs/tiny.py A model of a few thousand parameters" in said
+    assert main(["--steps", "3"]) == 2
+
+
+def test_help_shows_fields_and_defaults(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*TINY, "--help"])
+    assert stop.value.code == 0
+    said = capsys.readouterr().out
+    for flag in ("--steps", "--model.attention.selected-blocks", "--dry-run", "--mesh.fsdp"):
+        assert flag in said
+    assert "{nsa" not in said  # no subcommands
+
+
+def test_an_unknown_override_gets_a_suggestion(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*TINY, "--model.atention.selected-blocks", "8"])
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert "Unrecognized options: --model.atention.selected-blocks" in said
+    assert "--model.attention.selected-blocks" in said.split("Perhaps you meant")[1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--steps", "many"], "invalid literal for int"),
+        (["--model.attention.selected-blocks", "0"], "selected_blocks=0 must be at least 1"),
+        (["--model.kv-heads", "3"], "query_heads=2 is not a multiple of kv_heads=3"),
+    ],
+)
+def test_values_that_do_not_fit(capsys, flags, message):
+    with pytest.raises(SystemExit) as stop:
+        main([*TINY, *flags])
+    assert stop.value.code == 2
+    said = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert message in said
+    assert "Traceback" not in said
+
+
+def test_mistakes_are_told_without_a_traceback(capsys, tmp_path):
+    message = failure([*TINY, "--sequence-length", "60"], capsys)
+    assert "sequence_length=60 is not a multiple of 8" in message
+    message = failure([*TINY, "--model.vocab-size", "9"], capsys)
+    assert "model.vocab_size=9 is smaller than the 259 tokens" in message
+    assert "there is no recipe" in failure(["--config", "configs/quikstart.py"], capsys)
+    assert "needs the path of a recipe" in failure(["--config"], capsys)
+    assert "known: dense, nsa" in failure([*TINY, "--model.attention", "lsh"], capsys)
+    missing = [*TINY, "--data.source", str(tmp_path / "none"), "--run-dir", str(tmp_path / "run")]
+    assert "matches no .txt or .jsonl file" in failure(missing, capsys)
+    (tmp_path / "file").write_text("")
+    unwritable = [*TINY, "--run-dir", str(tmp_path / "file" / "run")]
+    assert "cannot be written" in failure(unwritable, capsys)
+    assert "tensor=5" in failure([*TINY, "--mesh.tensor", "5"], capsys)
+
+
+def test_dry_run_prints_the_costs_of_a_step(capsys, compilations, tmp_path):
+    assert main([*TINY, *DENSE, "--dry-run", "--run-dir", str(tmp_path / "run")]) == 0
+    said = capsys.readouterr().out
+    for part in ("parameters", "layers.0.attention", "Dense", "100.0%", "temporary", "FLOPs"):
+        assert part in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_ends_with_its_evaluation(capsys, run_flags, monkeypatch, tmp_path):
+    evaluated = []
+    monkeypatch.setattr(
+        train.evaluate, "evaluate", lambda config, console: evaluated.append(config.run_dir)
+    )
+    assert main(run_flags) == 0
+    assert evaluated == [str(tmp_path / "run")]
+    assert main([*run_flags, "--no-evaluate-at-end"]) == 0
+    assert len(evaluated) == 1
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert saved["model"]["attention"]["type"] == "sparse_attn.dense.Dense"
+
+
+def test_a_changed_run_and_a_damaged_checkpoint(capsys, run_flags, tmp_path):
+    assert main([*run_flags, "--no-evaluate-at-end"]) == 0
+    capsys.readouterr()
+    message = failure([*run_flags, "--optimizer.learning-rate", "1"], capsys)
+    assert "optimizer.learning_rate: 0.01 -> 1.0" in message
+    checkpoint = tmp_path / "run" / "checkpoints" / "2"
+    for file in (checkpoint / "state").rglob("d/*"):
+        file.write_bytes(file.read_bytes()[:10])
+    message = failure(run_flags, capsys)
+    assert f"checkpoint {checkpoint} is damaged" in message
+    assert "delete that folder" in message
+
+
+def test_the_module_runs_as_a_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "train", *TINY, "--stepz", "3"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert "--steps" in done.stderr
+    assert "Traceback" not in done.stderr

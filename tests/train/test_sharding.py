@@ -1,0 +1,144 @@
+"""train.sharding: mesh sizes, rules by parameter names, and agreement between device counts."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+
+from configs.tiny import config as tiny
+from models.transformer import abstract
+from train.config import MeshConfig, UserError
+from train.loop import plan
+from train.sharding import AXES, check_divisible, make_mesh, tree_shardings
+
+ROOT = Path(__file__).parents[2]
+
+
+def abstract_mesh(**sizes):
+    shape = tuple(sizes.get(axis, 1) for axis in AXES)
+    return AbstractMesh(shape, AXES, (AxisType.Auto,) * len(AXES))
+
+
+def test_one_device_has_every_axis():
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "sequence": 1, "tensor": 1}
+    assert set(mesh.axis_types) == {AxisType.Auto}
+
+
+@pytest.mark.parametrize(
+    ("config", "devices", "message"),
+    [
+        (
+            MeshConfig(data=2, fsdp=1, sequence=1, tensor=3),
+            8,
+            r"data=2 \* fsdp=1 \* sequence=1 \* tensor=3 = 6 devices, but there are 8",
+        ),
+        (MeshConfig(data=-1, tensor=3), 8, "multiply to 3, which does not divide 8 devices"),
+    ],
+)
+def test_sizes_that_do_not_multiply_to_the_devices(config, devices, message):
+    with pytest.raises(ValueError, match=message):
+        make_mesh(config, jax.devices()[:1] * devices)
+
+
+def test_the_command_line_sees_a_mistake_of_the_caller():
+    with pytest.raises(UserError, match="tensor=7"):
+        plan(dataclasses.replace(tiny, mesh=MeshConfig(tensor=7)))
+
+
+def test_batches_that_cannot_be_split():
+    mesh = abstract_mesh(data=2, fsdp=2, sequence=4)
+    check_divisible(mesh, batch_size=8, microbatches=2, sequence_length=64)
+    with pytest.raises(ValueError, match=r"batch_size=12 / microbatches=2 = 6 rows .* 4"):
+        check_divisible(mesh, batch_size=12, microbatches=2, sequence_length=64)
+    with pytest.raises(ValueError, match=r"sequence_length=66 .*mesh.sequence=4"):
+        check_divisible(mesh, batch_size=8, microbatches=1, sequence_length=66)
+
+
+def test_rules_place_parameters_by_name():
+    model = dataclasses.replace(tiny.model, vocab_size=260, kv_heads=2, tie_embeddings=False)
+    params = abstract(model)[1]
+    mesh = abstract_mesh(fsdp=2, tensor=2)
+    placed = tree_shardings(params, mesh)
+    attention = placed["layers"]["0-1"]["attention"]
+    assert placed["embedding"].spec == PartitionSpec("tensor", "fsdp")
+    assert attention["q"].spec == PartitionSpec(None, "fsdp", "tensor", None)
+    # Stacked layers and kv branches come before the placed axes.
+    assert attention["k"].spec == PartitionSpec(None, None, "fsdp", "tensor", None)
+    assert attention["o"].spec == PartitionSpec(None, "tensor", None, "fsdp")
+    assert placed["final_norm"]["scale"].spec == PartitionSpec(None)
+
+
+def test_the_first_matching_rule_wins_and_one_must_match():
+    tree = {"mlp": {"up": jax.ShapeDtypeStruct((4, 4), "f4")}}
+    rules = ((r"up$", ("tensor",)), (r"mlp", ("fsdp",)))
+    assert tree_shardings(tree, abstract_mesh(), rules)["mlp"]["up"].spec == PartitionSpec(
+        None, "tensor"
+    )
+    with pytest.raises(ValueError, match="no sharding rule matches 'mlp/up'"):
+        tree_shardings(tree, abstract_mesh(), rules[:0])
+
+
+def test_an_axis_that_cannot_be_split_is_named():
+    with pytest.raises(ValueError, match=r"embedding .*axis of 259 .*mesh.tensor=2"):
+        tree_shardings(abstract(tiny.model)[1], abstract_mesh(tensor=2))
+
+
+SCRIPT = """
+import dataclasses, json, sys
+import jax, numpy as np
+from configs.tiny import config
+from sparse_attn import Dense
+from train.config import MeshConfig
+from train.loop import plan
+from train.step import make_state, make_train_step
+
+model = dataclasses.replace(config.model, attention=Dense(), layers=1, kv_heads=2, vocab_size=260)
+mesh = MeshConfig(**json.loads(sys.argv[1]))
+config = dataclasses.replace(config, model=model, mesh=mesh, batch_size=4, sequence_length=16)
+_, placement = plan(config)
+state, step = make_state(config, placement), make_train_step(config, placement)
+tokens = np.random.default_rng(0).integers(3, 259, (4, 17)).astype(np.int32)
+batch = {
+    "tokens": tokens[:, :-1],
+    "targets": tokens[:, 1:],
+    "weights": np.ones((4, 16), np.float32),
+    "segment_ids": np.ones((4, 16), np.int32),
+    "positions": np.tile(np.arange(16, dtype=np.int32), (4, 1)),
+}
+spec = list(state.params["layers"]["0"]["mlp"]["up"].sharding.spec)
+losses = []
+for _ in range(3):
+    state, metrics = step(state, placement.put_batch(batch))
+    losses.append(float(metrics["loss"]))
+print(json.dumps({"losses": losses, "spec": spec, "devices": jax.device_count()}))
+"""
+
+
+def on_devices(count, **mesh):
+    flags = f"--xla_force_host_platform_device_count={count}"
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, json.dumps(mesh)],
+        cwd=ROOT,
+        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_four_devices_train_like_one():
+    one = on_devices(1)
+    four = on_devices(4, data=1, fsdp=2, tensor=2)
+    assert (one["devices"], four["devices"]) == (1, 4)
+    assert four["spec"] == ["fsdp", "tensor"]
+    np.testing.assert_allclose(four["losses"], one["losses"], rtol=1e-4)
+    assert one["losses"][2] < one["losses"][0]

@@ -1,0 +1,278 @@
+"""``python -m train.evaluate``: score a trained run on held-out text, through its own cache.
+
+python -m train.evaluate --config configs/quickstart.py --checkpoint runs/quickstart
+python -m train.evaluate --checkpoint runs/quickstart --evaluation.windows 8
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.markup import escape
+
+from train.config import (
+    TOKENIZER_FOLDER,
+    ConfigError,
+    RunConfig,
+    UserError,
+    flatten,
+    load_recipe,
+    load_run_config,
+)
+from train.evaluation.report import Report
+
+PROGRAM = "python -m train.evaluate"
+BOUND = ("model.", "tokenizer.", "data.")
+"""Settings that the trained weights depend on: the recipe must agree with the run about them."""
+FREE = ("data.cache_dir", "data.prefetch", "model.remat", "model.scan_layers")
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Score a trained run on held-out text. Fields of its configuration can be changed by flags."""
+
+    run: Annotated[RunConfig, tyro.conf.arg(name="")]
+    config: Path | None = None
+    """The recipe it was trained with; without it, the configuration saved in the run folder."""
+    checkpoint: Path | None = None
+    """The run folder; by default the one that the recipe names."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0, or 2 after a mistake of the caller.
+
+    Raises:
+      SystemExit: by the parser, with status 2 for an unknown flag or value and 0 for ``--help``.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    console = Console(stderr=True)
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    try:
+        parsed = parse(arguments)
+        evaluate(parsed.run, parsed.checkpoint, console=Console())
+    except UserError as error:
+        console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        return 2
+    return 0
+
+
+def parse(arguments: Sequence[str]) -> Arguments:
+    """The recipe, or the run's saved configuration, with the overrides of the command line.
+
+    Raises:
+      ConfigError: if neither ``--config`` nor ``--checkpoint`` is given, or it cannot be read.
+      SystemExit: on unknown flags (with a suggestion) or values that do not parse.
+    """
+    recipe, run_dir = _value(arguments, "--config"), _value(arguments, "--checkpoint")
+    if recipe is not None:
+        run = load_recipe(recipe)
+    elif run_dir is not None:
+        run = load_run_config(_existing(Path(run_dir)))
+    else:
+        raise ConfigError(
+            f"nothing to evaluate: {PROGRAM} --config RECIPE [--checkpoint RUN_FOLDER], "
+            "e.g. --config configs/quickstart.py --checkpoint runs/quickstart"
+        )
+    return tyro.cli(
+        Arguments,
+        prog=PROGRAM,
+        args=list(arguments),
+        default=Arguments(run=run),
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+
+
+def evaluate(
+    config: RunConfig, checkpoint: str | Path | None = None, *, console: Console | None = None
+) -> Report:
+    """Score the newest checkpoint of a run, print the table and write evaluation.json.
+
+    Args:
+      config: says what is scored (``config.evaluation``) and must agree with the trained run about
+        model, tokenizer and data.
+      checkpoint: the run folder; ``config.run_dir`` by default.
+      console: where the table goes; None prints nothing.
+
+    Raises:
+      UserError: if there is no such run, no usable checkpoint, or it is of another configuration.
+    """
+    import jax
+    import numpy as np
+
+    from models.generate import generate
+    from train.checkpoint import load_decoder
+    from train.data import evaluation_documents, load_splits
+    from train.evaluation.bytes_model import ByteModel
+    from train.evaluation.perplexity import bits_per_byte, decoded, make_windows, teacher_forced
+    from train.tokenizer import load_tokenizer
+
+    run_dir = _existing(Path(config.run_dir if checkpoint is None else checkpoint))
+    check_matches(config, load_run_config(run_dir), run_dir)
+    wanted = config.evaluation
+    seconds: dict[str, float] = {}
+    decoder, _, step = load_decoder(run_dir)
+    with _user_errors():
+        tokenizer = load_tokenizer(run_dir / TOKENIZER_FOLDER)
+        documents = evaluation_documents(
+            config.data, tokenizer, documents=wanted.windows or None, max_tokens=wanted.window
+        )
+    windows = make_windows(
+        [document.tokens for document in documents],
+        tokenizer.token_bytes,
+        config.model.attention.alignment,
+    )
+    scored_bytes = int(tokenizer.token_bytes[windows.tokens[windows.scored]].sum())
+    batches = windows.batches(min(wanted.batch_size, len(documents)))
+
+    with _timed(seconds, "forward"):
+        forward = [teacher_forced(decoder, batch) for batch in batches]
+    with _timed(seconds, "decode"):
+        decode = [decoded(decoder, batch) for batch in batches]
+    with _timed(seconds, "order2"), _user_errors():
+        train_text = (text.encode() for text in load_splits(config.data)["train"]["text"])
+        texts = [(document.text.encode(), 0) for document in documents]
+        order2 = ByteModel.fit(train_text).bits_per_byte(texts)
+    sample = ""
+    with _timed(seconds, "sample"):
+        if wanted.sample_tokens:
+            prompt = [tokenizer.bos_id, *tokenizer.encode(wanted.prompt).tolist()]
+            drawn = generate(
+                decoder,
+                [prompt],
+                wanted.sample_tokens,
+                temperature=wanted.temperature,
+                top_k=wanted.top_k or None,
+                seed=config.seed,
+                stop_tokens=(tokenizer.eos_id,),
+            )
+            sample = tokenizer.decode(drawn[0])
+
+    rows = [np.count_nonzero(batch.lengths) for batch in batches]
+    selection = {
+        name: float(np.average([metrics[name] for _, metrics in forward], weights=rows))
+        for name in forward[0][1]
+    }
+    measured = selection.pop("density", None)
+    report = Report(
+        bits_per_byte_teacher_forced=bits_per_byte(
+            sum(float(nats.sum(dtype=np.float64)) for nats, _ in forward), scored_bytes
+        ),
+        bits_per_byte_decode=bits_per_byte(
+            sum(float(nats.sum(dtype=np.float64)) for nats in decode), scored_bytes
+        ),
+        bits_per_byte_order2=order2,
+        density=mean_density(config, windows.lengths.tolist(), measured),
+        selection=selection,
+        documents=len(documents),
+        tokens=int(windows.scored.sum()),
+        bytes=scored_bytes,
+        window=wanted.window,
+        mechanism=type(config.model.attention).__name__,
+        step=step,
+        protocol="C",
+        prompt=wanted.prompt,
+        sample=sample,
+        seconds={name: round(value, 3) for name, value in seconds.items()},
+        device=jax.devices()[0].device_kind,
+        jax=jax.__version__,
+    )
+    try:
+        path = report.save(run_dir)
+    except OSError as error:
+        raise UserError(
+            f"the evaluation cannot be written into {run_dir}: {error.strerror}; make the folder "
+            "writable, or copy the run and name the copy with --checkpoint"
+        ) from error
+    if console is not None:
+        report.print(console)
+        console.print(f"written to {path}", highlight=False)
+    return report
+
+
+def mean_density(config: RunConfig, lengths: Sequence[int], measured: float | None) -> float:
+    """Attended over causal pairs of the scored windows, averaged over layers.
+
+    Layers that select report what they attended (``measured``); the others know it.
+    """
+    pairs = [length * (length + 1) / 2 for length in lengths]
+    total = 0.0
+    for run in config.model.runs:
+        if measured is not None and run.attention == config.model.attention:
+            density = measured
+        else:
+            known = [run.attention.density(length) for length in lengths]
+            density = math.sumprod(known, pairs) / sum(pairs)
+        total += run.count * density
+    return total / config.model.layers
+
+
+def check_matches(config: RunConfig, trained: RunConfig, run_dir: Path) -> None:
+    """Refuse to score weights as something they were not trained as.
+
+    Raises:
+      ConfigError: if model, tokenizer or data differ, with the first differences.
+    """
+    mine, theirs = flatten(config), flatten(trained)
+    different = [
+        f"{name}: {run_dir} has {theirs.get(name)!r}, the recipe says {mine.get(name)!r}"
+        for name in sorted(mine.keys() | theirs.keys())
+        if name.startswith(BOUND)
+        and not name.startswith(FREE)
+        and mine.get(name) != theirs.get(name)
+    ]
+    if different:
+        more = f" and {len(different) - 3} more" if len(different) > 3 else ""
+        raise ConfigError(
+            f"the run was trained with another configuration: {'; '.join(different[:3])}{more}; "
+            f"evaluate it as it was trained with {PROGRAM} --checkpoint {run_dir}"
+        )
+
+
+def _existing(run_dir: Path) -> Path:
+    if not run_dir.is_dir():
+        raise ConfigError(
+            f"{run_dir} is no run folder; train one first (python -m train --config RECIPE) or "
+            "name another with --checkpoint"
+        )
+    return run_dir
+
+
+def _value(arguments: Sequence[str], flag: str) -> str | None:
+    for index, argument in enumerate(arguments):
+        if argument.startswith(f"{flag}="):
+            return argument.removeprefix(f"{flag}=")
+        if argument == flag:
+            if index + 1 == len(arguments):
+                raise ConfigError(f"{flag} needs a path")
+            return arguments[index + 1]
+    return None
+
+
+@contextlib.contextmanager
+def _timed(seconds: dict[str, float], part: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[part] = time.perf_counter() - start
+
+
+@contextlib.contextmanager
+def _user_errors() -> Iterator[None]:
+    """Corpora that are missing and settings that do not fit are the caller's to mend."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        raise UserError(str(error)) from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

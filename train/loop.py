@@ -1,0 +1,314 @@
+"""The training run, read from top to bottom in :func:`train`."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+from rich.console import Console
+
+from models.transformer import count_parameters
+from train.checkpoint import Checkpoints
+from train.config import (
+    CONFIG_FILE,
+    TOKENIZER_FOLDER,
+    RunConfig,
+    UserError,
+    check_resumable,
+    load_run_config,
+    save_run_config,
+)
+from train.data import TrainIterator, make_tokenizer, make_train_iterator
+from train.reporting import Display, MetricsFile, Wandb, draw_loss_curve, show_library_messages
+from train.sharding import Placement, check_divisible, make_mesh
+from train.step import (
+    Metrics,
+    TrainState,
+    make_inspection,
+    make_state,
+    make_train_step,
+    place_state,
+)
+from train.tokenizer import load_tokenizer
+
+
+class RunFolderError(UserError):
+    """The run folder cannot be written or belongs to another run."""
+
+
+class TrainingDiverged(UserError):  # noqa: N818 - the field's word
+    """The loss or its gradient is not a number any more."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a run ended: after how many updates, and whether it did all of them."""
+
+    step: int
+    status: Literal["finished", "interrupted"]
+
+
+def train(
+    config: RunConfig, *, resume_with_changes: bool = False, console: Console | None = None
+) -> Outcome:
+    """Train until ``config.steps``, from the newest checkpoint of the run folder if there is one.
+
+    Two runs of the same configuration write the same metrics, bit for bit apart from timing, also
+    if one of them was stopped or killed on the way and started again.
+
+    Raises:
+      UserError: on anything the caller can mend: a configuration that does not fit the text, the
+        devices or the run folder, a damaged checkpoint, a diverged run.
+    """
+    console = console or Console(stderr=True)
+    show_library_messages(console)
+    shapes, placement = plan(config)
+    resumes = open_run_folder(config, resume_with_changes=resume_with_changes)
+    batches = open_input(config, resumes=resumes)
+    train_step = make_train_step(config, placement)
+    inspect = make_inspection(config, placement)
+
+    with contextlib.ExitStack() as stack:
+        stack.callback(batches.close)
+        checkpoints = Checkpoints(config.run_dir, keep=config.checkpoint.keep)
+        stack.callback(checkpoints.close)
+        state, first = start_state(config, placement, shapes, checkpoints, batches, console)
+        save_run_config(config, config.run_dir)
+        parameters = count_parameters(state.params)
+        console.print(f"{parameters:,} parameters, {placement.mesh.size} device(s)")
+
+        metrics_file = MetricsFile(config.run_dir, first)
+        stack.callback(metrics_file.close)
+        wandb = Wandb(config)
+        stack.callback(wandb.close)
+        display = stack.enter_context(
+            Display(console, first=first, steps=config.steps, enabled=config.logging.progress)
+        )
+        stop = stack.enter_context(StopSignal())
+        clock = Clock()
+
+        def report(step: int, metrics: Metrics, inspection: Metrics) -> None:
+            values, seen = jax.device_get((metrics, inspection))
+            values = {name: float(value) for name, value in (*values.items(), *seen.items())}
+            check_finite(step, values, checkpoints)
+            timing = clock.tick(values["tokens"])
+            display.update(step, values["loss"], timing["tokens_per_second"])
+            if seen or due(step, config.logging.every, config.steps):
+                row = {"step": step, **values, **timing}
+                metrics_file.write(row)
+                wandb.log(row)
+
+        def save(step: int, state: TrainState) -> None:
+            # A resumed run keeps the lines up to its checkpoint, so they must be there first.
+            metrics_file.sync()
+            checkpoints.save(step, state, batches.get_state(), config)
+
+        step, pending = first, None
+        while step < config.steps and not stop.requested:
+            step += 1
+            batch = placement.put_batch(next(batches))
+            with jax.transfer_guard("disallow"):
+                state, metrics = train_step(state, batch)
+                inspected = due(step, config.logging.inspect_every, config.steps)
+                inspection = inspect(state, batch) if inspected else {}
+            # The devices work on this step while the one before it is reported.
+            if pending is not None:
+                report(*pending)
+            pending = (step, metrics, inspection)
+            if due(step, config.checkpoint.every, config.steps):
+                report(*pending)
+                pending = None
+                save(step, state)
+        if pending is not None:
+            report(*pending)
+            save(step, state)
+        checkpoints.wait()
+
+    if step < config.steps:
+        console.print(
+            f"stopped by {stop.name} after step {step}; the checkpoint is saved, the same command "
+            "goes on from here"
+        )
+        return Outcome(step, "interrupted")
+    curve = draw_loss_curve(config.run_dir)
+    console.print(f"finished step {step}; loss curve in {curve}")
+    return Outcome(step, "finished")
+
+
+def plan(config: RunConfig) -> tuple[TrainState, Placement]:
+    """The shapes of the state and where everything lives; nothing is computed yet.
+
+    Raises:
+      UserError: if the configuration does not fit the devices.
+    """
+    with user_errors():
+        mesh = make_mesh(config.mesh)
+        check_divisible(
+            mesh,
+            batch_size=config.batch_size,
+            microbatches=config.microbatches,
+            sequence_length=config.sequence_length,
+        )
+        return place_state(config, mesh)
+
+
+def start_state(
+    config: RunConfig,
+    placement: Placement,
+    shapes: TrainState,
+    checkpoints: Checkpoints,
+    batches: TrainIterator,
+    console: Console,
+) -> tuple[TrainState, int]:
+    """A fresh state, or the newest checkpoint's with the input put back to its place."""
+    if checkpoints.latest is None:
+        console.print(f"new run in {config.run_dir}")
+        return make_state(config, placement), 0
+    restored = checkpoints.restore(shapes)
+    with user_errors():
+        batches.set_state(restored.input_state)
+    console.print(f"resuming {config.run_dir} from step {restored.step} of {config.steps}")
+    if restored.step >= config.steps:
+        console.print("nothing left to train; raise --steps to go on")
+    return restored.state, restored.step
+
+
+def open_input(config: RunConfig, *, resumes: bool) -> TrainIterator:
+    """Batches of the training split, encoded by the run's own tokenizer.
+
+    Raises:
+      UserError: if the corpus is missing, or does not fit the configuration.
+    """
+    folder = Path(config.run_dir) / TOKENIZER_FOLDER
+    with user_errors():
+        if resumes and folder.is_dir():
+            tokenizer = load_tokenizer(folder)
+        else:
+            tokenizer = make_tokenizer(config.data, config.tokenizer)
+            tokenizer.save(folder)
+        return make_train_iterator(
+            config.data,
+            tokenizer,
+            config.sequence_length,
+            config.batch_size,
+            config.model.attention.alignment,
+            config.seed,
+        )
+
+
+def open_run_folder(config: RunConfig, *, resume_with_changes: bool) -> bool:
+    """Make the run folder, prove that it can be written, and that it belongs to this run.
+
+    Returns:
+      Whether there is a checkpoint to resume from.
+
+    Raises:
+      RunFolderError: if it cannot be made or written.
+      ConfigError: if a run with another configuration is to be resumed in it.
+    """
+    folder = Path(config.run_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise RunFolderError(
+            f"run folder {config.run_dir!r} cannot be written ({error.strerror or error}); "
+            "choose another with --run-dir"
+        ) from error
+    with Checkpoints(folder, read_only=True) as checkpoints:
+        begun = checkpoints.latest is not None
+    if begun and (folder / CONFIG_FILE).exists():
+        check_resumable(load_run_config(folder), config, allow_changes=resume_with_changes)
+    return begun
+
+
+def due(step: int, every: int, last: int) -> bool:
+    """Whether something done every ``every`` steps, and after the last one, is done now."""
+    return every > 0 and (step % every == 0 or step == last)
+
+
+def check_finite(step: int, values: dict[str, float], checkpoints: Checkpoints) -> None:
+    """Stop a run whose loss or gradient is not finite.
+
+    Raises:
+      TrainingDiverged: naming the step, the values and the last good checkpoint.
+    """
+    if math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"]):
+        return
+    checkpoints.wait()
+    good = checkpoints.latest
+    back = (
+        f"the last good checkpoint is {checkpoints.path(good)}"
+        if good is not None
+        else "there is no checkpoint yet"
+    )
+    raise TrainingDiverged(
+        f"step {step}: loss={values['loss']}, grad_norm={values['grad_norm']}; {back}. "
+        "Try a lower --optimizer.learning-rate, a longer --optimizer.warmup-steps, or "
+        "--optimizer.clip-norm 1"
+    )
+
+
+class Clock:
+    """Seconds since training began in this process, and the speed of about the last ten steps."""
+
+    def __init__(self) -> None:
+        self._begun = self._last = time.monotonic()
+        self._steps = 0
+        self._speed = 0.0
+
+    def tick(self, tokens: float) -> dict[str, float]:
+        """Timing fields of a step that worked on ``tokens`` tokens."""
+        now = time.monotonic()
+        speed, self._last = tokens / max(now - self._last, 1e-9), now
+        self._steps += 1
+        # The first two steps wait for the compiler and are forgotten.
+        share = 1.0 if self._steps <= 3 else 0.1
+        self._speed += share * (speed - self._speed)
+        return {"seconds": now - self._begun, "tokens_per_second": self._speed}
+
+
+class StopSignal:
+    """Turns SIGINT and SIGTERM into a request to stop after the step; a second one is obeyed."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self.name = ""
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignal:
+        # Python lets only the main thread handle signals.
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested, self.name = True, signal.Signals(number).name
+        os.write(2, f"\n{self.name}: stopping after this step\n".encode())
+
+
+@contextlib.contextmanager
+def user_errors() -> Iterator[None]:
+    """Values that do not fit and files that do not exist are the caller's to mend."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        raise UserError(str(error)) from error

@@ -1,0 +1,212 @@
+"""What a run tells: metrics.jsonl, the terminal, the loss curve, and Weights & Biases if asked."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from train.config import RunConfig, UserError, flatten
+
+METRICS_FILE = "metrics.jsonl"
+LOSS_CURVE_FILE = "loss.png"
+
+# Keys of metrics.jsonl that depend on the clock; two equal runs agree in all others.
+TIMING_FIELDS = ("seconds", "tokens_per_second")
+
+_PLAIN_INTERVAL = 15.0  # seconds between lines where there is no terminal to draw on
+
+
+class MetricsFile:
+    """``metrics.jsonl``: one JSON object a line, in the order of steps.
+
+    Opening it for a run that goes on from ``step`` drops the lines of later steps (they will be
+    written again) and a line cut short by a killed process.
+    """
+
+    def __init__(self, run_dir: str | Path, step: int) -> None:
+        self.path = Path(run_dir) / METRICS_FILE
+        kept = [json.dumps(row) + "\n" for row in read_metrics(run_dir) if row["step"] <= step]
+        temporary = self.path.with_suffix(".partial")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        temporary.replace(self.path)
+        self._file: TextIO = self.path.open("a", encoding="utf-8")
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append one line; it survives the process being killed."""
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Make sure of the lines on disk before a checkpoint relies on them."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
+    """The complete lines of a run's metrics.jsonl; none if there is no such file."""
+    path = Path(run_dir) / METRICS_FILE
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if line.endswith("\n") and isinstance(row, dict) and "step" in row:
+            rows.append(row)
+    return rows
+
+
+def without_timing(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl without what depends on the clock."""
+    return [{key: row[key] for key in row if key not in TIMING_FIELDS} for row in rows]
+
+
+def show_library_messages(console: Console) -> None:
+    """Print what the libraries say, such as which implementation ``auto`` chose."""
+    # Orbax warns about every folder that it is asked to read without writing.
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    handler = RichHandler(console=console, show_time=False, show_path=False, markup=False)
+    for name in ("sparse_attn", "train"):
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.INFO)
+        logger.handlers[:] = [handler]
+        logger.propagate = False
+
+
+class Display:
+    """The progress line in a terminal; elsewhere a plain line every few seconds."""
+
+    def __init__(self, console: Console, *, first: int, steps: int, enabled: bool) -> None:
+        self._console, self._steps, self._enabled = console, steps, enabled
+        self._first, self._begun, self._printed = first, time.monotonic(), 0.0
+        self._progress: Progress | None = None
+        if enabled and console.is_terminal:
+            self._progress = Progress(
+                TextColumn("training"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("loss {task.fields[loss]:.4f}"),
+                TextColumn("{task.fields[speed]:,.0f} tokens/s"),
+                TextColumn("eta"),
+                TimeRemainingColumn(),
+                console=console,
+            )
+            self._task = self._progress.add_task("", total=steps, completed=first, loss=0, speed=0)
+
+    def __enter__(self) -> Display:
+        if self._progress:
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._progress:
+            self._progress.stop()
+
+    def update(self, step: int, loss: float, tokens_per_second: float) -> None:
+        """Show that ``step`` is done."""
+        if self._progress:
+            self._progress.update(self._task, completed=step, loss=loss, speed=tokens_per_second)
+            return
+        now = time.monotonic()
+        if self._enabled and (now - self._printed > _PLAIN_INTERVAL or step == self._steps):
+            self._printed = now
+            left = (now - self._begun) / max(step - self._first, 1) * (self._steps - step)
+            self._console.print(
+                f"step {step}/{self._steps}  loss {loss:.4f}  "
+                f"{tokens_per_second:,.0f} tokens/s  eta {left:.0f} s",
+                highlight=False,
+            )
+
+
+class Wandb:
+    """Weights & Biases, imported only when the configuration asks for it.
+
+    Raises:
+      UserError: if it is asked for and not installed.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self._run = None
+        if config.logging.wandb == "off":
+            return
+        try:
+            import wandb
+        except ImportError:
+            raise UserError(
+                f"--logging.wandb {config.logging.wandb} needs the package wandb; install it with "
+                "`pip install 'sparse-attn[wandb]'`, or use --logging.wandb off"
+            ) from None
+        self._run = wandb.init(
+            project=config.logging.wandb_project,
+            name=Path(config.run_dir).name,
+            dir=config.run_dir,
+            mode=config.logging.wandb,
+            config=flatten(config),
+        )
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Send one line of metrics."""
+        if self._run:
+            self._run.log({key: row[key] for key in row if key != "step"}, step=row["step"])
+
+    def close(self) -> None:
+        """Finish sending."""
+        if self._run:
+            self._run.finish()
+
+
+def draw_loss_curve(run_dir: str | Path) -> Path | None:
+    """Draw ``loss.png`` from metrics.jsonl; None if nothing was logged."""
+    rows = [row for row in read_metrics(run_dir) if "loss" in row]
+    if not rows:
+        return None
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=0.8, label="each step")
+    axes.plot(steps, smoothed(losses), color="tab:blue", linewidth=1.8, label="smoothed")
+    axes.set_title(f"Training loss, {Path(run_dir).name}")
+    axes.set_xlabel("step")
+    axes.set_ylabel("cross entropy (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    path = Path(run_dir) / LOSS_CURVE_FILE
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def smoothed(values: list[float], share: float = 0.02) -> list[float]:
+    """Exponential moving average over about ``share`` of the curve, without a bias at the start."""
+    decay = 1 - 1 / max(share * len(values), 1)
+    total = weight = 0.0
+    result = []
+    for value in values:
+        total = decay * total + (1 - decay) * value
+        weight = decay * weight + (1 - decay)
+        result.append(total / weight)
+    return result

@@ -1,0 +1,139 @@
+"""One mesh, and rules from parameter names to places on it.
+
+The mesh always exists, also on one device, and always has the axes ``data``, ``fsdp``,
+``sequence`` and ``tensor``. Everything a step touches gets its place from here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from train.config import MeshConfig
+from train.optimizer import parameter_name
+
+AXES = ("data", "fsdp", "sequence", "tensor")
+
+# (name pattern, places of the trailing axes); the first match wins, axes before them (stacked
+# layers, kv branches) are not split. Optimizer moments carry the parameter's name, so the same
+# rules place them.
+RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r"(^|/)embedding$", ("tensor", "fsdp")),
+    (r"(^|/)unembedding$", ("fsdp", "tensor")),
+    (r"attention/[qkv]$", ("fsdp", "tensor", None)),
+    (r"attention/[qkv]_bias$", ("tensor", None)),
+    (r"attention/o$", ("tensor", None, "fsdp")),
+    (r"mlp/(gate|up)$", ("fsdp", "tensor")),
+    (r"mlp/down$", ("tensor", "fsdp")),
+    (r"", ()),
+)
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of a run over ``devices`` (default: all), with automatic partitioning.
+
+    Raises:
+      ValueError: if the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = [getattr(config, axis) for axis in AXES]
+    known = math.prod(size for size in sizes if size != -1)
+    written = " * ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+    if -1 in sizes:
+        if len(devices) % known:
+            raise ValueError(
+                f"mesh {written}: the fixed sizes multiply to {known}, which does not divide "
+                f"{len(devices)} devices; change them so that it does"
+            )
+        sizes[sizes.index(-1)] = len(devices) // known
+    elif known != len(devices):
+        raise ValueError(
+            f"mesh {written} = {known} devices, but there are {len(devices)}; change a size, or "
+            "set one to -1 to take the rest"
+        )
+    return jax.make_mesh(tuple(sizes), AXES, (AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def check_divisible(
+    mesh: Mesh, *, batch_size: int, microbatches: int, sequence_length: int
+) -> None:
+    """Refuse batches that the mesh cannot split evenly.
+
+    Raises:
+      ValueError: with the numbers that do not divide.
+    """
+    rows, parts = batch_size // microbatches, mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % parts:
+        raise ValueError(
+            f"batch_size={batch_size} / microbatches={microbatches} = {rows} rows cannot be split "
+            f"over data*fsdp={parts} devices; make it a multiple of {parts}"
+        )
+    if sequence_length % mesh.shape["sequence"]:
+        raise ValueError(
+            f"sequence_length={sequence_length} cannot be split over "
+            f"mesh.sequence={mesh.shape['sequence']} devices; make it a multiple"
+        )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Where arrays [B, T] of a batch live: rows over data and fsdp, tokens over sequence."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp"), "sequence"))
+
+
+def tree_shardings(
+    tree: Any, mesh: Mesh, rules: Sequence[tuple[str, tuple[str | None, ...]]] = RULES
+) -> Any:
+    """A sharding for every leaf of ``tree``, by the first rule whose pattern its name contains.
+
+    Raises:
+      ValueError: if an axis of a leaf cannot be split evenly, or no rule matches.
+    """
+
+    def place(path: Any, leaf: Any) -> NamedSharding:
+        name = parameter_name(path)
+        if leaf.ndim == 0:
+            return NamedSharding(mesh, PartitionSpec())
+        matching = [rule for rule in rules if re.search(rule[0], name)]
+        if not matching:
+            raise ValueError(f"no sharding rule matches {name!r}; end the rules with ('', ())")
+        pattern, axes = matching[0]
+        if len(axes) > leaf.ndim:
+            raise ValueError(f"rule {pattern!r} places {len(axes)} axes, {name} has {leaf.shape}")
+        first = leaf.ndim - len(axes)
+        for size, axis in zip(leaf.shape[first:], axes, strict=True):
+            if axis is not None and size % mesh.shape[axis]:
+                raise ValueError(
+                    f"{name} {leaf.shape}: an axis of {size} cannot be split over "
+                    f"mesh.{axis}={mesh.shape[axis]}; choose a size that divides it"
+                )
+        return NamedSharding(mesh, PartitionSpec(*(None,) * first, *axes))
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def abstract_with(shardings: Any, tree: Any) -> Any:
+    """``tree`` as shapes and dtypes that carry ``shardings``, for compiling and restoring."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        tree,
+        shardings,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """The mesh with the shardings of a training state and of its batches."""
+
+    mesh: Mesh
+    state: Any
+    batch: NamedSharding
+
+    def put_batch(self, batch: dict[str, Any]) -> dict[str, jax.Array]:
+        """Host arrays [B, T] onto the devices."""
+        return jax.device_put(batch, dict.fromkeys(batch, self.batch))

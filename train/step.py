@@ -1,0 +1,228 @@
+"""The training state and the step that advances it: plain pytrees in, plain pytrees out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from models.transformer import Decoder, abstract, merge, split
+from train.config import RunConfig
+from train.optimizer import learning_rate_schedule, make_optimizer
+from train.sharding import Placement, abstract_with, batch_sharding, tree_shardings
+
+Batch = dict[str, Array]
+Metrics = dict[str, Float[Array, ""]]
+
+# What a batch holds, each [B, T]: see train.packing.build_row.
+BATCH_DTYPES = {
+    "tokens": jnp.int32,
+    "targets": jnp.int32,
+    "weights": jnp.float32,
+    "segment_ids": jnp.int32,
+    "positions": jnp.int32,
+}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything that changes from step to step, as a pytree.
+
+    ``step`` (int32) counts finished updates. ``params`` are trained, ``state`` are the mechanisms'
+    other variables, ``rng`` is the run's key: randomness of step s comes from ``fold_in(rng, s)``.
+    """
+
+    step: Int[Array, ""]
+    params: dict[Any, Any]
+    state: dict[Any, Any]
+    opt_state: Any
+    rng: Array
+
+
+def next_token_loss(
+    logits: Callable[[Array], Array],
+    hidden: Float[Array, "B T D"],
+    targets: Int[Array, "B T"],
+    weights: Float[Array, "B T"],
+    *,
+    chunk: int,
+) -> Float[Array, ""]:
+    """sum_bt weights_bt * -log softmax(logits(hidden_bt))[targets_bt], in at least float32.
+
+    At most about ``chunk`` tokens have their logits in memory at a time: longer inputs are worked
+    through in pieces whose logits are computed again on the way back. Differentiable in ``hidden``
+    and in what ``logits`` closes over.
+    """
+
+    def piece(hidden: Array, targets: Array, weights: Array) -> Array:
+        scores = logits(hidden)
+        scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
+        picked = jnp.take_along_axis(scores, targets[..., None], axis=-1)[..., 0]
+        return jnp.sum(weights * (jax.nn.logsumexp(scores, axis=-1) - picked))
+
+    B, T = targets.shape
+    width = max(chunk // B, 1)
+    if width >= T:
+        return piece(hidden, targets, weights)
+    pieces = -(-T // width)
+    pad = pieces * width - T
+
+    def cut(array: Array) -> Array:
+        padded = jnp.pad(array, [(0, 0), (0, pad)] + [(0, 0)] * (array.ndim - 2))
+        return jnp.moveaxis(padded.reshape(B, pieces, width, *array.shape[2:]), 1, 0)
+
+    def add(total: Array, inputs: tuple[Array, Array, Array]) -> tuple[Array, None]:
+        return total + jax.checkpoint(piece, prevent_cse=False)(*inputs), None
+
+    zero = jnp.zeros((), jnp.promote_types(hidden.dtype, jnp.float32))
+    return jax.lax.scan(add, zero, (cut(hidden), cut(targets), cut(weights)))[0]
+
+
+def initial_state(config: RunConfig) -> TrainState:
+    """A fresh state: parameters drawn from the seed, moments at zero.
+
+    Parameters come from the device's own generator ("rbg"), whose code compiles several times
+    faster than the default one's; the same seed gives other numbers on another kind of device.
+    """
+    params_key = jax.random.key(config.seed, impl="rbg")
+    run_key = jax.random.key(config.seed)
+    _, params, state = split(Decoder(config.model, rngs=nnx.Rngs(params_key)))
+    opt_state = make_optimizer(config.optimizer, config.steps).init(params)
+    return TrainState(jnp.zeros((), jnp.int32), params, state, opt_state, run_key)
+
+
+def place_state(config: RunConfig, mesh: jax.sharding.Mesh) -> tuple[TrainState, Placement]:
+    """The state's shapes (``ShapeDtypeStruct`` with shardings) and where everything lives."""
+    shapes = jax.eval_shape(lambda: initial_state(config))
+    shardings = tree_shardings(shapes, mesh)
+    return abstract_with(shardings, shapes), Placement(mesh, shardings, batch_sharding(mesh))
+
+
+def make_state(config: RunConfig, placement: Placement) -> TrainState:
+    """A fresh state, every array born on the devices it belongs to."""
+    return jax.jit(lambda: initial_state(config), out_shardings=placement.state)()
+
+
+def abstract_batch(config: RunConfig, placement: Placement) -> Batch:
+    """The shapes of a batch, for compiling without data."""
+    shape = (config.batch_size, config.sequence_length)
+    return {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=placement.batch)
+        for name, dtype in BATCH_DTYPES.items()
+    }
+
+
+def make_train_step(
+    config: RunConfig, placement: Placement
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The compiled ``step(state, batch) -> state, metrics``; the old state's memory is reused.
+
+    loss = sum_bt w_bt nll_bt / sum_bt w_bt + mean over microbatches of the auxiliary loss. Metrics
+    (float32 scalars): ``loss`` (without the auxiliary one), ``grad_norm`` (before clipping),
+    ``learning_rate``, ``tokens``, and what the mechanisms report.
+    """
+    graphdef, _, _ = abstract(config.model)
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    schedule = learning_rate_schedule(config.optimizer, config.steps)
+
+    def loss_of(
+        params: Any, state: Any, batch: Batch, tokens: Array
+    ) -> tuple[Array, tuple[Array, Array, Metrics, dict[str, Array]]]:
+        decoder = merge(graphdef, params, state)
+        output = decoder.hidden(
+            batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"]
+        )
+        summed = next_token_loss(
+            decoder.logits,
+            output.hidden,
+            batch["targets"],
+            batch["weights"],
+            chunk=config.loss_chunk,
+        )
+        aux = output.aux
+        loss, aux_loss = summed / tokens, aux.loss / config.microbatches
+        metrics = {name: value / config.microbatches for name, value in aux.metrics.items()}
+        return loss + aux_loss, (loss, aux_loss, metrics, aux.statistics)
+
+    def gradients(state: TrainState, batch: Batch) -> tuple[Any, Any]:
+        """Sums over microbatches of the gradients and of what the loss reports."""
+        tokens = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
+        grad = jax.grad(loss_of, has_aux=True)
+        if config.microbatches == 1:
+            return grad(state.params, state.state, batch, tokens)
+        # Rows are dealt out in turn, so that every device keeps its own.
+        parts = jax.tree.map(
+            lambda a: jnp.moveaxis(a.reshape(-1, config.microbatches, *a.shape[1:]), 1, 0), batch
+        )
+
+        def one(part: Batch) -> tuple[Any, Any]:
+            return grad(state.params, state.state, part, tokens)
+
+        shapes = jax.eval_shape(one, jax.tree.map(lambda a: a[0], parts))
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+        def add(total: Any, part: Batch) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, one(part)), None
+
+        return jax.lax.scan(add, zeros, parts)[0]
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        grads, (loss, aux_loss, reported, statistics) = gradients(state, batch)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        rest = state.state
+        if statistics:
+            decoder = merge(graphdef, params, rest)
+            decoder.update_state(statistics)
+            _, _, rest = split(decoder)
+        metrics = {
+            **reported,
+            "loss": loss,
+            "aux_loss": aux_loss,
+            "grad_norm": optax.tree.norm(grads),
+            "learning_rate": schedule(state.step),
+            "tokens": jnp.sum(batch["weights"]),
+        }
+        metrics = {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
+        return TrainState(state.step + 1, params, rest, opt_state, state.rng), metrics
+
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        in_shardings=(placement.state, placement.batch),
+        out_shardings=(placement.state, None),
+    )
+
+
+def make_inspection(
+    config: RunConfig, placement: Placement
+) -> Callable[[TrainState, Batch], Metrics]:
+    """The compiled ``inspect(state, batch) -> metrics``: selections against dense attention.
+
+    One row of the batch, drawn by the run's key and the step, goes through the decoder with
+    ``inspect=True``; its metrics are recall and captured mass on a few sampled positions, averaged
+    over layers. Nothing is trained by it.
+    """
+    graphdef, _, _ = abstract(config.model)
+
+    def inspect(state: TrainState, batch: Batch) -> Metrics:
+        key = jax.random.fold_in(state.rng, state.step)
+        row = jax.random.randint(key, (), 0, batch["tokens"].shape[0])
+        one = {name: jax.lax.dynamic_slice_in_dim(array, row, 1) for name, array in batch.items()}
+        decoder = merge(graphdef, state.params, state.state)
+        output = decoder.hidden(
+            one["tokens"],
+            positions=one["positions"],
+            segment_ids=one["segment_ids"],
+            inspect=True,
+        )
+        return {name: jnp.asarray(value, jnp.float32) for name, value in output.aux.metrics.items()}
+
+    return jax.jit(inspect, in_shardings=(placement.state, placement.batch))
