@@ -58,8 +58,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = run(options)
     show(rows)
     if options.json:
-        Path(options.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(options.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
         print(f"{len(rows)} rows in {options.json}")
     return 0
 
@@ -107,17 +105,25 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """All rows, ratios included."""
+    """All rows, ratios included; the file is written again after every length."""
     rows: list[dict[str, Any]] = []
     for length in options.lengths:
         for direction in DIRECTIONS:
             if direction in options.directions:
                 rows += measure(training_sides(options, length, direction), options.repetitions)
+                finish(options, rows)
     if "decode" in options.directions:
         for length in options.decode_lengths:
             rows += measure(decode_sides(options, length), options.repetitions)
-    add_ratios(rows)
+            finish(options, rows)
     return rows
+
+
+def finish(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    add_ratios(rows)
+    if options.json:
+        Path(options.json).parent.mkdir(parents=True, exist_ok=True)
+        Path(options.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
 def nsa_config(options: argparse.Namespace) -> Any:
@@ -287,6 +293,7 @@ def peer_side(options: argparse.Namespace, name: str, length: int, direction: st
         },
     }
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment["MALLOC_ARENA_MAX"] = "1"
     try:
         process = subprocess.Popen(
             worker, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
@@ -318,7 +325,7 @@ def peer_side(options: argparse.Namespace, name: str, length: int, direction: st
     except PeerError:
         close()
         raise
-    known |= {"temp_bytes": ready.get("temp_bytes")}
+    known |= {name: ready.get(name) for name in ("temp_bytes", "start_rss_bytes")}
     return Side(columns(**known), lambda: ask({"command": "repeat"}), close)
 
 
@@ -377,14 +384,19 @@ def show(rows: list[dict[str, Any]]) -> None:
             str(row["length"]),
             *(row[name] or "" for name in ("direction", "op", "mechanism", "picks")),
             number(row["union_ratio"], ".2f"),
-            row["implementation"],
+            (row["implementation"] or "").removesuffix("_pytorch"),
             *(number(row[name], ".2f", 1e3) for name in ("seconds", "cpu_seconds")),
             *(number(row[name], ".0f", mib) for name in ("temp_bytes", "peak_rss_bytes")),
             *(number(row[name], ".2f") for name in ("ratio_to_dense", "ratio_to_peer")),
-            row["error"] or number(row["byte_ceiling"], ".1f"),
+            number(row["byte_ceiling"], ".1f"),
         )
     wide = None if sys.stdout.isatty() else 180
-    Console(width=wide).print(table)
+    console = Console(width=wide)
+    console.print(table)
+    for row in rows:
+        if row["error"]:
+            known = " ".join(str(row[key]) for key in ("length", "direction", "implementation"))
+            console.print(f"{known}: {row['error']}", highlight=False, markup=False)
 
 
 def peak_rss_bytes() -> int:

@@ -6,7 +6,7 @@ line on standard output its JSON answer::
 
     {"command": "prepare", "side": "sdpa" or "nsa_layer", "direction": "forward", "length": 4096,
      "threads": 1, "memory_limit_bytes": ..., and the sizes of the layer}
-        -> {"version": ..., "peak_rss_bytes": ...}
+        -> {"start_rss_bytes": ..., "peak_rss_bytes": ...}
     {"command": "repeat"}
         -> {"seconds": ..., "cpu_seconds": ..., "peak_rss_bytes": ...}
 
@@ -44,13 +44,11 @@ def sdpa(torch, request):
     def forward():
         return attend(q, k, v, is_causal=True, enable_gqa=True)
 
-    return step(torch, forward, cotangent, (q, k, v), backward), f"torch {torch.__version__}"
+    return step(torch, forward, cotangent, (q, k, v), backward)
 
 
 def nsa_layer(torch, request):
     """The whole attention layer of native-sparse-attention-pytorch (norm, projections, NSA)."""
-    from importlib.metadata import version
-
     from native_sparse_attention_pytorch import SparseAttention
 
     layer = SparseAttention(
@@ -69,8 +67,7 @@ def nsa_layer(torch, request):
     x = torch.randn(1, request["length"], request["model_width"], requires_grad=backward)
     cotangent = torch.randn(1, request["length"], request["model_width"])
     wanted = (x, *(weight for weight in layer.parameters() if weight.requires_grad))
-    name = "native-sparse-attention-pytorch"
-    return step(torch, lambda: layer(x), cotangent, wanted, backward), f"{name} {version(name)}"
+    return step(torch, lambda: layer(x), cotangent, wanted, backward)
 
 
 def step(torch, forward, cotangent, wanted, backward):
@@ -100,9 +97,10 @@ def main() -> None:
 
                 torch.set_num_threads(request["threads"])
                 torch.manual_seed(0)
+                start = peak_rss_bytes()
                 sides = {"sdpa": sdpa, "nsa_layer": nsa_layer}
-                run, version = sides[request["side"]](torch, request)
-                answer = {"version": version, "peak_rss_bytes": peak_rss_bytes()}
+                run = sides[request["side"]](torch, request)
+                answer = {"start_rss_bytes": start, "peak_rss_bytes": peak_rss_bytes()}
             elif run is None:
                 answer = {"error": "nothing was prepared"}
             else:

@@ -6,7 +6,6 @@ import random
 
 import numpy as np
 from jaxtyping import Float, Int
-from scipy.signal import lfilter
 
 
 def replaced_picks(
@@ -111,6 +110,8 @@ def drifting(
     """
     noise = np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
     if memory:
+        from scipy.signal import lfilter  # large, and most users of this file need it not
+
         noise[:, 1:] *= (1 - memory**2) ** 0.5
         noise = lfilter([1.0], [1.0, -memory], noise, axis=1)
     return noise.astype(np.float32)

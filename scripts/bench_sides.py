@@ -33,7 +33,7 @@ STEPS = 16
 COLUMNS = (
     *("op", "mechanism", "picks", "union_ratio", "implementation", "direction", "length"),
     *("seconds", "cpu_seconds", "temp_bytes", "ratio_to_dense", "ratio_to_peer", "byte_ceiling"),
-    *("peak_rss_bytes", "repetitions", "error", "device", "jax"),
+    *("peak_rss_bytes", "start_rss_bytes", "repetitions", "error", "device", "jax"),
 )
 # Slow frequencies only (see ``queries``), so that a query's picks drift instead of spinning.
 ROPE = RopeConfig(theta=1e6)
@@ -425,9 +425,10 @@ def serve_layer(lines: Any, answer: Callable[[str], None], peak: Callable[[], in
     for line in lines:
         request = json.loads(line)
         if request["command"] == "prepare":
+            start = peak()
             config = NSA(**request["config"])
             call, temp_bytes = layer_call(config, request["length"], request["direction"])
-            reply: dict[str, Any] = {"version": f"jax {jax.__version__}", "temp_bytes": temp_bytes}
+            reply: dict[str, Any] = {"temp_bytes": temp_bytes, "start_rss_bytes": start}
         else:
             assert call is not None
             reply = timed(call)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import random
 import signal
 import subprocess
@@ -41,6 +42,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--times {options.times} must be at least 1")
     seed = random.SystemRandom().randrange(2**32) if options.seed is None else options.seed
     draw = random.Random(seed)
+    # Orbax warns about every folder that it is asked to read without writing.
+    logging.getLogger("absl").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
         command = [sys.executable, "-m", "train", "--config", options.config, *overrides]

@@ -16,6 +16,8 @@ from jaxtyping import Array, Float
 
 CompressionKind = Literal["mlp", "linear", "mean"]
 
+FEW_ENTRIES = 4
+
 
 class Compression(nnx.Module):
     """phi for one tensor (keys or values), separate per kv head.
@@ -93,18 +95,44 @@ class Compression(nnx.Module):
         dtype = pieces.dtype
         w_in = self.w_in[...].astype(dtype)
         hidden = self.w_in.shape[-1]
+        if entries <= FEW_ENTRIES:
+            return self._few(pieces, entries)
         split = w_in.reshape(w_in.shape[0], per_entry, self.stride, self.width, hidden)
         position = self.position[...].astype(dtype)
         bias = self.b_in[...].astype(dtype) + jnp.einsum("lKH,KlHF->KF", position, w_in)
-        total = jnp.broadcast_to(
-            bias[None, None], (pieces.shape[0], entries, bias.shape[0], hidden)
-        )
+        total = bias[None, None]
         for c in range(per_entry):
-            total = total + jnp.einsum("BMdKH,KdHF->BMKF", pieces[:, c : c + entries], split[:, c])
+            total = total + _project(pieces[:, c : c + entries], split[:, c])
+        return self._output(total)
+
+    def _few(self, pieces: Float[Array, "B M d K H"], entries: int) -> Float[Array, "B C K H"]:
+        """The same for a few entries (decode): their tokens are copied, the weights stay put."""
+        dtype = pieces.dtype
+        B, _, d, K, H = pieces.shape
+        per_entry = self.block // d
+        parts = [pieces[:, c : c + entries] for c in range(per_entry)]
+        blocks = jnp.stack(parts, axis=2).reshape(B, entries, self.block, K, H)
+        blocks = blocks + self.position[...].astype(dtype)[None, None]
+        total = _project(blocks, self.w_in[...].astype(dtype))
+        return self._output(total + self.b_in[...].astype(dtype)[None, None])
+
+    def _output(self, total: Float[Array, "B C K F"]) -> Float[Array, "B C K H"]:
+        """The second layer, where there is one."""
         if self.kind == "linear":
             return total
+        dtype = total.dtype
         out = jnp.einsum("BMKF,KFH->BMKH", jax.nn.silu(total), self.w_out[...].astype(dtype))
         return out + self.b_out[...].astype(dtype)[None, None]
+
+
+def _project(
+    blocks: Float[Array, "B M l K H"], weights: Float[Array, "K l H F"]
+) -> Float[Array, "B M K F"]:
+    """Flatten every block and apply its head's matrix, as one batched product over heads."""
+    B, M, length, K, H = blocks.shape
+    flat = jnp.moveaxis(blocks, 3, 0).reshape(K, B * M, length * H)
+    product = jnp.matmul(flat, weights.reshape(K, length * H, -1))
+    return jnp.moveaxis(product.reshape(K, B, M, -1), 0, 2)
 
 
 def entry_count(tokens: int, block: int, stride: int) -> int:

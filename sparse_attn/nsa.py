@@ -302,7 +302,7 @@ class NSAAttention(nnx.Module):
             cache = append_selected(cache, k_slc, v_slc, rows)
             cache = self._append_compressed(cache, *raw, rows, heads.rope)
             cache = dataclasses.replace(cache, length=cache.length + rows.appended)
-            k_cmp, v_cmp = cache.k_cmp.astype(q.dtype), cache.v_cmp.astype(q.dtype)
+            k_cmp, v_cmp = (entries.astype(q.dtype) for entries in cache.compressed)
             k_slc, v_slc = cache.k_slc.astype(q.dtype), cache.v_slc.astype(q.dtype)
 
         scores = compressed_branch(config, q, k_cmp, v_cmp, rows)

@@ -118,6 +118,17 @@ def window_branch_cached(
     first = jnp.maximum(rows.start, rows.index - config.window + 1)
     tokens, size = q.shape[1], before.k_win.shape[1]
     if tokens <= before.rollback + 1:
+        if tokens == 1 and size == config.window:
+            # The ring is the window: its first slots while it fills, then all of them.
+            stop = jnp.where(rows.valid, jnp.minimum(rows.index + 1, size), 0)
+            return ranged_attention(
+                q,
+                after.k_win.astype(q.dtype),
+                after.v_win.astype(q.dtype),
+                jnp.zeros_like(stop),
+                stop,
+                implementation=config.implementation,
+            )
         last = jnp.where(rows.valid, rows.index, first - 1)
         start_a, stop_a, start_b, stop_b = window_slots(first, last, size)
         keys, values = after.k_win.astype(q.dtype), after.v_win.astype(q.dtype)

@@ -15,22 +15,26 @@ from sparse_attn.compression import entry_count
 from sparse_attn.documents import Rows
 from sparse_attn.types import HeadShape, Rope
 
+ENTRY_MULTIPLE = 64
+"""Compressed capacity is rounded up to it: odd row lengths cost vector code its alignment."""
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class NSACache:
     """All keys are rotated, except the raw tail that waits for compression.
 
-    ``k_slc``/``v_slc`` [B, S, K, .]: every token. ``k_cmp``/``v_cmp`` [B, C, K, .]: compressed
-    entries. ``k_win``/``v_win``: rings of w + rollback tokens. ``k_tail``/``v_tail``: rings of the
-    last l - 1 + rollback tokens of the compressed branch, with their rotary positions.
+    ``k_slc``/``v_slc`` [B, S, K, .]: every token. ``k_cmp`` [B, K, H, C], ``v_cmp`` [B, K, C, Hv]:
+    compressed entries, laid out for the products of a decode step, which reads all of them.
+    ``k_win``/``v_win``: rings of w + rollback tokens. ``k_tail``/``v_tail``: rings of the last
+    l - 1 + rollback tokens of the compressed branch, with their rotary positions.
     """
 
     length: Int[Array, " B"]
     k_slc: Float[Array, "B S K H"]
     v_slc: Float[Array, "B S K Hv"]
-    k_cmp: Float[Array, "B C K H"]
-    v_cmp: Float[Array, "B C K Hv"]
+    k_cmp: Float[Array, "B K H C"]
+    v_cmp: Float[Array, "B K C Hv"]
     k_win: Float[Array, "B Rw K H"]
     v_win: Float[Array, "B Rw K Hv"]
     k_tail: Float[Array, "B Rt K H"]
@@ -42,6 +46,11 @@ class NSACache:
     def capacity(self) -> int:
         """S, the tokens a sequence can hold."""
         return self.k_slc.shape[1]
+
+    @property
+    def compressed(self) -> tuple[Float[Array, "B C K H"], Float[Array, "B C K Hv"]]:
+        """Compressed keys and values, entry by entry."""
+        return jnp.transpose(self.k_cmp, (0, 3, 1, 2)), jnp.swapaxes(self.v_cmp, 1, 2)
 
     def truncate(self, lengths: Int[Array, " B"]) -> NSACache:
         """Forget the tokens after ``lengths``, at most ``rollback`` of them per sequence.
@@ -80,7 +89,8 @@ def empty_cache(
         )
 
     k_slc, v_slc = pair(capacity)
-    k_cmp, v_cmp = pair(max(1, entry_count(capacity, block, stride)))
+    entries = entry_count(capacity, block, stride)
+    k_cmp, v_cmp = pair(max(1, -(-entries // ENTRY_MULTIPLE)) * ENTRY_MULTIPLE)
     k_win, v_win = pair(window + rollback)
     tail = max(1, block - 1 + rollback)
     k_tail, v_tail = pair(tail)
@@ -88,8 +98,8 @@ def empty_cache(
         length=jnp.zeros((batch,), jnp.int32),
         k_slc=k_slc,
         v_slc=v_slc,
-        k_cmp=k_cmp,
-        v_cmp=v_cmp,
+        k_cmp=jnp.transpose(k_cmp, (0, 2, 3, 1)),
+        v_cmp=jnp.swapaxes(v_cmp, 1, 2),
         k_win=k_win,
         v_win=v_win,
         k_tail=k_tail,
@@ -166,11 +176,15 @@ def append_compressed(
     # Only the new entries pass through the conditional: whole buffers would be copied there.
     k_new, v_new = jax.lax.cond(jnp.any(due > 0), emit, nothing)
     slot = jnp.arange(entries, dtype=jnp.int32)[None, :]
-    index, keep = first_due[:, None] + slot, slot < due[:, None]
+    capacity = cache.v_cmp.shape[2]
+    at = jnp.where(slot < due[:, None], first_due[:, None] + slot, capacity)
+    sequence = jnp.broadcast_to(jnp.arange(at.shape[0])[:, None], at.shape)
+    k_cmp = cache.k_cmp.at[sequence, :, :, at].set(k_new, mode="drop")
+    v_cmp = cache.v_cmp.at[sequence, :, at].set(v_new, mode="drop")
     return dataclasses.replace(
         cache,
-        k_cmp=write_rows(cache.k_cmp, k_new, index, keep),
-        v_cmp=write_rows(cache.v_cmp, v_new, index, keep),
+        k_cmp=jax.lax.optimization_barrier(k_cmp),
+        v_cmp=jax.lax.optimization_barrier(v_cmp),
         k_tail=write_ring(cache.k_tail, k, length, rows),
         v_tail=write_ring(cache.v_tail, v, length, rows),
         tail_positions=write_ring(cache.tail_positions, rows.positions, length, rows),

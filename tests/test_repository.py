@@ -26,9 +26,9 @@ def text_files():
         listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
         files = [ROOT / name for name in listed.stdout.split("\0") if name]
     else:
-        skipped = {".venv", ".git", "runs", "build", "dist"}
+        made = re.compile(r"(^|/)(\.(?!ci/)[^/]+|__pycache__|runs|build|dist|[^/]+\.egg-info)/")
         files = [
-            file for file in ROOT.rglob("*") if not skipped & set(file.relative_to(ROOT).parts)
+            file for file in ROOT.rglob("*") if not made.search(file.relative_to(ROOT).as_posix())
         ]
     return [file for file in files if file.suffix in TEXT and file.is_file()]
 

@@ -236,8 +236,8 @@ class RunConfig:
                 f"sequence_length={self.sequence_length} must be at least 2: every token but the "
                 "first one is predicted"
             )
-        if self.seed < 0:
-            raise ValueError(f"seed={self.seed} must not be negative")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed={self.seed} must be in [0, 2**32)")
         if self.batch_size % self.microbatches:
             raise ValueError(
                 f"batch_size={self.batch_size} is not a multiple of "

@@ -9,12 +9,12 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from train.config import RunConfig
+from train.config import RunConfig, UserError
 from train.loop import plan
 from train.step import abstract_batch, make_train_step
 
 
-def dry_run(config: RunConfig, console: Console) -> dict[str, Any]:
+def dry_run(config: RunConfig, console: Console) -> dict[str, dict[str, Any]]:
     """Compile one training step and print parameters, densities, memory and FLOPs.
 
     Returns:
@@ -27,12 +27,14 @@ def dry_run(config: RunConfig, console: Console) -> dict[str, Any]:
     shapes, placement = plan(config)
     groups = parameter_groups(shapes.params)
     densities = layer_densities(config)
-    compiled = make_train_step(config, placement).lower(shapes, abstract_batch(config, placement))
-    compiled = compiled.compile()
+    step = make_train_step(config, placement)
+    compiled = step.lower(shapes, abstract_batch(config, placement)).compile()
     memory, costs = compiled.memory_analysis(), compiled.cost_analysis() or {}
+    if memory is None:
+        raise UserError("this backend does not tell the memory of a compiled step")
     tokens = config.batch_size * config.sequence_length
     total = sum(groups.values())
-    result = {
+    result: dict[str, dict[str, Any]] = {
         "parameters": {**groups, "total": total},
         "density": densities,
         "bytes": {
@@ -45,7 +47,7 @@ def dry_run(config: RunConfig, console: Console) -> dict[str, Any]:
         },
     }
     console.print(_table("parameters", result["parameters"], "{:,}".format))
-    title = f"attended / causal pairs at T={config.sequence_length}"
+    title = f"attended / causal pairs at T={config.sequence_length}, at most"
     console.print(_table(title, densities, "{:.1%}".format))
     title = f"a step of {config.batch_size} x {config.sequence_length} tokens, each device"
     console.print(_table(title, result["bytes"], lambda size: f"{size / 2**20:,.1f} MiB"))

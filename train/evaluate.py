@@ -12,7 +12,8 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated
 
@@ -134,41 +135,47 @@ def evaluate(
     scored_bytes = int(tokenizer.token_bytes[windows.tokens[windows.scored]].sum())
     batches = windows.batches(min(wanted.batch_size, len(documents)))
 
-    with _timed(seconds, "forward"):
-        forward = [teacher_forced(decoder, batch) for batch in batches]
-    with _timed(seconds, "decode"):
-        decode = [decoded(decoder, batch) for batch in batches]
-    with _timed(seconds, "order2"), _user_errors():
+    def sample() -> str:
+        if not wanted.sample_tokens:
+            return ""
+        prompt = [tokenizer.bos_id, *tokenizer.encode(wanted.prompt).tolist()]
+        drawn = generate(
+            decoder,
+            [prompt],
+            wanted.sample_tokens,
+            temperature=wanted.temperature,
+            top_k=wanted.top_k or None,
+            seed=config.seed,
+            stop_tokens=(tokenizer.eos_id,),
+        )
+        return tokenizer.decode(drawn[0])
+
+    # Compiling takes one core and most of the time, so the parts go side by side.
+    with ThreadPoolExecutor(2) as pool:
+        decode = pool.submit(
+            _timed, seconds, "decode", lambda: [decoded(decoder, b) for b in batches]
+        )
+        forward = pool.submit(
+            _timed, seconds, "forward", lambda: [teacher_forced(decoder, b) for b in batches]
+        )
+        continuation = pool.submit(_timed, seconds, "sample", sample)
+    with _user_errors():
         train_text = (text.encode() for text in load_splits(config.data)["train"]["text"])
         texts = [(document.text.encode(), 0) for document in documents]
-        order2 = ByteModel.fit(train_text).bits_per_byte(texts)
-    sample = ""
-    with _timed(seconds, "sample"):
-        if wanted.sample_tokens:
-            prompt = [tokenizer.bos_id, *tokenizer.encode(wanted.prompt).tolist()]
-            drawn = generate(
-                decoder,
-                [prompt],
-                wanted.sample_tokens,
-                temperature=wanted.temperature,
-                top_k=wanted.top_k or None,
-                seed=config.seed,
-                stop_tokens=(tokenizer.eos_id,),
-            )
-            sample = tokenizer.decode(drawn[0])
-
+        order2 = _timed(seconds, "order2", lambda: ByteModel.fit(train_text).bits_per_byte(texts))
+    scores = forward.result()
     rows = [np.count_nonzero(batch.lengths) for batch in batches]
     selection = {
-        name: float(np.average([metrics[name] for _, metrics in forward], weights=rows))
-        for name in forward[0][1]
+        name: float(np.average([metrics[name] for _, metrics in scores], weights=rows))
+        for name in scores[0][1]
     }
     measured = selection.pop("density", None)
     report = Report(
         bits_per_byte_teacher_forced=bits_per_byte(
-            sum(float(nats.sum(dtype=np.float64)) for nats, _ in forward), scored_bytes
+            sum(float(nats.sum(dtype=np.float64)) for nats, _ in scores), scored_bytes
         ),
         bits_per_byte_decode=bits_per_byte(
-            sum(float(nats.sum(dtype=np.float64)) for nats in decode), scored_bytes
+            sum(float(nats.sum(dtype=np.float64)) for nats in decode.result()), scored_bytes
         ),
         bits_per_byte_order2=order2,
         density=mean_density(config, windows.lengths.tolist(), measured),
@@ -181,7 +188,7 @@ def evaluate(
         step=step,
         protocol="C",
         prompt=wanted.prompt,
-        sample=sample,
+        sample=continuation.result(),
         seconds={name: round(value, 3) for name, value in seconds.items()},
         device=jax.devices()[0].device_kind,
         jax=jax.__version__,
@@ -258,11 +265,11 @@ def _value(arguments: Sequence[str], flag: str) -> str | None:
     return None
 
 
-@contextlib.contextmanager
-def _timed(seconds: dict[str, float], part: str) -> Iterator[None]:
+def _timed[T](seconds: dict[str, float], part: str, call: Callable[[], T]) -> T:
     start = time.perf_counter()
-    yield
+    result = call()
     seconds[part] = time.perf_counter() - start
+    return result
 
 
 @contextlib.contextmanager

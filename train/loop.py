@@ -266,17 +266,19 @@ class Clock:
     def __init__(self) -> None:
         self._begun = self._last = time.monotonic()
         self._steps = 0
-        self._speed = 0.0
+        self._tokens = self._seconds = 0.0
 
     def tick(self, tokens: float) -> dict[str, float]:
         """Timing fields of a step that worked on ``tokens`` tokens."""
         now = time.monotonic()
-        speed, self._last = tokens / max(now - self._last, 1e-9), now
+        seconds, self._last = now - self._last, now
         self._steps += 1
         # The first two steps wait for the compiler and are forgotten.
-        share = 1.0 if self._steps <= 3 else 0.1
-        self._speed += share * (speed - self._speed)
-        return {"seconds": now - self._begun, "tokens_per_second": self._speed}
+        kept = 0.0 if self._steps <= 3 else 0.9
+        self._tokens = kept * self._tokens + tokens
+        self._seconds = kept * self._seconds + seconds
+        speed = self._tokens / max(self._seconds, 1e-9)
+        return {"seconds": now - self._begun, "tokens_per_second": speed}
 
 
 class StopSignal:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import Iterable
@@ -41,9 +42,10 @@ class MetricsFile:
         temporary.replace(self.path)
         self._file: TextIO = self.path.open("a", encoding="utf-8")
 
-    def write(self, row: dict[str, Any]) -> None:
-        """Append one line; it survives the process being killed."""
-        self._file.write(json.dumps(row) + "\n")
+    def write(self, row: dict[str, float]) -> None:
+        """Append one line (not finite: null); it survives the process being killed."""
+        finite = {key: value if math.isfinite(value) else None for key, value in row.items()}
+        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
         self._file.flush()
 
     def sync(self) -> None:

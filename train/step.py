@@ -85,14 +85,13 @@ def next_token_loss(
     return jax.lax.scan(add, zero, (cut(hidden), cut(targets), cut(weights)))[0]
 
 
-def initial_state(config: RunConfig) -> TrainState:
-    """A fresh state: parameters drawn from the seed, moments at zero.
+def initial_state(config: RunConfig, seed: Int[Array, ""]) -> TrainState:
+    """A fresh state: parameters drawn from ``seed``, moments at zero.
 
     Parameters come from the device's own generator ("rbg"), whose code compiles several times
     faster than the default one's; the same seed gives other numbers on another kind of device.
     """
-    params_key = jax.random.key(config.seed, impl="rbg")
-    run_key = jax.random.key(config.seed)
+    params_key, run_key = jax.random.key(seed, impl="rbg"), jax.random.key(seed)
     _, params, state = split(Decoder(config.model, rngs=nnx.Rngs(params_key)))
     opt_state = make_optimizer(config.optimizer, config.steps).init(params)
     return TrainState(jnp.zeros((), jnp.int32), params, state, opt_state, run_key)
@@ -100,17 +99,18 @@ def initial_state(config: RunConfig) -> TrainState:
 
 def place_state(config: RunConfig, mesh: jax.sharding.Mesh) -> tuple[TrainState, Placement]:
     """The state's shapes (``ShapeDtypeStruct`` with shardings) and where everything lives."""
-    shapes = jax.eval_shape(lambda: initial_state(config))
+    shapes = jax.eval_shape(lambda seed: initial_state(config, seed), jnp.uint32(0))
     shardings = tree_shardings(shapes, mesh)
     return abstract_with(shardings, shapes), Placement(mesh, shardings, batch_sharding(mesh))
 
 
 def make_state(config: RunConfig, placement: Placement) -> TrainState:
     """A fresh state, every array born on the devices it belongs to."""
-    return jax.jit(lambda: initial_state(config), out_shardings=placement.state)()
+    make = jax.jit(lambda seed: initial_state(config, seed), out_shardings=placement.state)
+    return make(jnp.uint32(config.seed))
 
 
-def abstract_batch(config: RunConfig, placement: Placement) -> Batch:
+def abstract_batch(config: RunConfig, placement: Placement) -> dict[str, jax.ShapeDtypeStruct]:
     """The shapes of a batch, for compiling without data."""
     shape = (config.batch_size, config.sequence_length)
     return {
@@ -119,9 +119,7 @@ def abstract_batch(config: RunConfig, placement: Placement) -> Batch:
     }
 
 
-def make_train_step(
-    config: RunConfig, placement: Placement
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+def make_train_step(config: RunConfig, placement: Placement) -> jax.stages.Wrapped:
     """The compiled ``step(state, batch) -> state, metrics``; the old state's memory is reused.
 
     loss = sum_bt w_bt nll_bt / sum_bt w_bt + mean over microbatches of the auxiliary loss. Metrics
@@ -201,9 +199,7 @@ def make_train_step(
     )
 
 
-def make_inspection(
-    config: RunConfig, placement: Placement
-) -> Callable[[TrainState, Batch], Metrics]:
+def make_inspection(config: RunConfig, placement: Placement) -> jax.stages.Wrapped:
     """The compiled ``inspect(state, batch) -> metrics``: selections against dense attention.
 
     One row of the batch, drawn by the run's key and the step, goes through the decoder with

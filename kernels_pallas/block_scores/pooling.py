@@ -97,16 +97,16 @@ class Pooling:
         span = shift + self.stride * blocks + len(self.weights)
         lead = [(0, 0)] * (probabilities.ndim - 1)
         padded = jnp.pad(probabilities, [*lead, (left, max(0, span - left - entries))])
-        importance = None
-        for m, weight in enumerate(self.weights):
-            part = jax.lax.slice_in_dim(
-                padded, shift + m, shift + m + self.stride * blocks, axis=-1
-            )[..., :: self.stride]
-            part = weight * part
-            if importance is None:
-                importance = part
-            elif self.reducer == "sum":
-                importance = importance + part
-            else:
-                importance = jnp.maximum(importance, part)
+        parts = [
+            weight
+            * jax.lax.slice_in_dim(
+                padded, shift + m, shift + m + self.stride * blocks, self.stride, axis=-1
+            )
+            for m, weight in enumerate(self.weights)
+        ]
+        importance = parts[0]
+        for part in parts[1:]:
+            importance = (
+                importance + part if self.reducer == "sum" else jnp.maximum(importance, part)
+            )
         return importance

@@ -20,6 +20,26 @@ class Ranking:
     initial: int
     recent: int
 
+    def top_blocks_below(
+        self,
+        probabilities: Float[Array, "A C"],
+        entries: Int[Array, ""],
+        first_block: Int[Array, "A"],
+        last_block: Int[Array, "A"],
+    ) -> Int[Array, "A P"]:
+        """:meth:`top_blocks` where probabilities from ``entries`` on are 0, in time that follows
+        ``entries``: a causal sequence has half of its entries in the future on average.
+        """
+        total = probabilities.shape[1]
+        parts = 4 if total >= 256 else 1
+        widths = [-(-total * part // parts) for part in range(1, parts + 1)]
+        branch = jnp.sum(entries > jnp.asarray(widths[:-1], jnp.int32))
+        branches = [
+            lambda p, *blocks, width=width: self.top_blocks(p[:, :width], *blocks)
+            for width in widths
+        ]
+        return jax.lax.switch(branch, branches, probabilities, first_block, last_block)
+
     def top_blocks(
         self,
         probabilities: Float[Array, "A C"],

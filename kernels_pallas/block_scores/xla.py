@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from kernels_pallas.block_scores.few_rows import WHOLE_ENTRIES, score_few_rows
 from kernels_pallas.block_scores.pooling import BlockScores, Pooling
 from kernels_pallas.block_scores.ranking import Ranking
 from kernels_pallas.common import accumulation_dtype
@@ -20,14 +21,15 @@ from kernels_pallas.ranged.few_rows import FEW_ROWS, FewRows
 from kernels_pallas.ranged.tiling import (
     MASKED,
     Softmax,
+    TileIndex,
     Tiles,
     covered,
     head_major,
+    live_rows,
+    pad_rows,
     precision_of,
     slab,
     tile_ranges,
-    tile_rows,
-    untile_rows,
     visible,
 )
 from kernels_pallas.ranged.xla import ranged_backward
@@ -69,7 +71,9 @@ def choose_tiles(rows: int, entries: int, group: int) -> Tiles:
 
 @partial(jax.custom_vjp, nondiff_argnums=(7, 8, 9))
 def _score(q, k, v, start, stop, first_block, last_block, ranking, scale, tiles):
-    forward = _few_rows if q.shape[1] <= FEW_ROWS else partial(_forward, tiles=tiles)
+    forward = partial(_forward, tiles=tiles)
+    if q.shape[1] <= FEW_ROWS:
+        forward = score_few_rows if k.shape[1] <= WHOLE_ENTRIES else _few_rows
     return forward(q, k, v, start, stop, first_block, last_block, ranking, scale)
 
 
@@ -82,8 +86,10 @@ def _score_fwd(q, k, v, start, stop, first_block, last_block, ranking, scale, ti
 def _score_bwd(ranking, scale, tiles, residuals, cotangents):
     q, k = residuals[:2]
     d_out, d_lse, _ = cotangents
+    # The backward pass keeps no exponentials, so it takes the larger tiles of dense attention.
     tiles = Tiles.choose(q.shape[1], k.shape[1], q.shape[2] // k.shape[2])
-    return (*ranged_backward(*residuals, d_out, d_lse, scale, tiles), None, None, None, None)
+    gradients = ranged_backward(*residuals, d_out=d_out, d_lse=d_lse, scale=scale, tiles=tiles)
+    return (*gradients, None, None, None, None)
 
 
 _score.defvjp(_score_fwd, _score_bwd)
@@ -96,27 +102,28 @@ def _forward(q, k, v, start, stop, first_block, last_block, ranking, scale, tile
     dtype, precision = accumulation_dtype(q.dtype), precision_of(q.dtype)
     ranges = tile_ranges(start, stop, tiles, group, entries)
     live = covered(start, stop, entries)
-    queries = tile_rows(q, tiles, kv_heads, stop > start) * scale
+    queries = pad_rows(q, tiles)
+    padded = queries.shape[1]
     k, v = head_major(k, live), head_major(v, live)
-    a_sequence = queries.shape[0] // (batch * kv_heads)
-    fill = ((0, 0), (0, -rows % tiles.rows))
+    fill = ((0, 0), (0, padded - rows))
     first_block, last_block = (
         jnp.pad(a, fill, constant_values=-1).reshape(-1, tiles.rows)
         for a in (first_block, last_block)
     )
 
-    def tile(scratch, i):
-        head = i // a_sequence
-        at = head // kv_heads * a_sequence + i % a_sequence
-        first, count, low, high = jax.tree.map(lambda a: a[at], ranges)
+    def tile(i, carry):
+        outs, lses, selection, *scratch = carry
+        at = TileIndex.of(i, padded, kv_heads, group, tiles)
+        first, length, low, high = jax.tree.map(lambda a: a[at.ranges], ranges)
+        query = live_rows(at.take(queries, tiles.rows, group), length, dtype) * scale
 
         def attend(j, state):
             softmax, kept, tops = state
             floor = low + j * tiles.keys
             position = jnp.minimum(floor, entries - tiles.keys)
-            key, value = (slab(a, head, position, tiles.keys) for a in (k, v))
-            logits = jnp.matmul(queries[i], key.T, precision=precision)
-            mask = visible(position, floor, tiles.keys, first, count)
+            key, value = (slab(a, at.head, position, tiles.keys) for a in (k, v))
+            logits = jnp.matmul(query, key.T, precision=precision)
+            mask = visible(position, floor, tiles.keys, first, length)
             softmax, weights = softmax.absorb(jnp.where(mask, logits, MASKED), value, precision)
             kept = jax.lax.dynamic_update_index_in_dim(kept, weights, j, 0)
             tops = jax.lax.dynamic_update_index_in_dim(tops, softmax.top, j, 0)
@@ -134,21 +141,30 @@ def _forward(q, k, v, start, stop, first_block, last_block, ranking, scale, tile
 
         probabilities = jnp.zeros((tiles.rows, entries), dtype)
         probabilities = jax.lax.fori_loop(0, steps, share, probabilities)
-        indices = ranking.top_blocks(probabilities, first_block[at], last_block[at])
-        return (kept, tops), (out, lse, indices)
+        indices = ranking.top_blocks_below(
+            probabilities, high, first_block[at.ranges], last_block[at.ranges]
+        )
+        by_kv_head = at._replace(first_query_head=at.first_query_head // group)
+        return (
+            at.put(outs, out, tiles.rows),
+            at.put(lses, lse[:, None], tiles.rows),
+            by_kv_head.put(selection, indices, tiles.rows),
+            kept,
+            tops,
+        )
 
-    # Steps write the scratch before reading it, so one buffer serves all tiles uncleared.
     steps = -(-entries // tiles.keys)
-    scratch = (
+    carry = (
+        jnp.zeros((batch, padded, heads, width), q.dtype),
+        jnp.zeros((batch, padded, heads, 1), dtype),
+        jnp.zeros((batch, padded, kv_heads, ranking.selected), jnp.int32),
+        # Steps write the scratch before reading it, so one buffer serves all tiles uncleared.
         jnp.zeros((steps, tiles.rows * group, tiles.keys), dtype),
         jnp.zeros((steps, tiles.rows * group), dtype),
     )
-    tile_numbers = jnp.arange(queries.shape[0], dtype=jnp.int32)
-    _, (out, lse, indices) = jax.lax.scan(tile, scratch, tile_numbers)
-    out = untile_rows(out, batch, rows, kv_heads, tiles)
-    lse = untile_rows(lse[:, :, None], batch, rows, kv_heads, tiles)[..., 0]
-    indices = untile_rows(indices, batch, rows, kv_heads, tiles)
-    return out.astype(q.dtype), lse, indices
+    count = batch * kv_heads * padded // tiles.rows
+    out, lse, indices, *_ = jax.lax.fori_loop(0, count, tile, carry)
+    return out[:, :rows], lse[:, :rows, :, 0], indices[:, :rows]
 
 
 def _few_rows(q, k, v, start, stop, first_block, last_block, ranking, scale):
@@ -202,11 +218,16 @@ def _rescale(top: Float[Array, "M"], lse: Float[Array, "M"]) -> Float[Array, "M"
 def _sum_group(
     weights: Float[Array, "M c"], factor: Float[Array, "M"], group: int
 ) -> Float[Array, "A c"]:
-    """Sum of factor * weights over the G rows of each query; unrolled, it runs four times as
-    fast on a CPU as a reduction over the middle axis."""
+    """Sum of factor * weights over the G rows of each query.
+
+    Unrolled because CPUs run it faster than a reduction over the middle axis.
+    """
     weights = weights.reshape(-1, group, weights.shape[1])
     factor = factor.reshape(-1, group)
-    return sum(weights[:, g] * factor[:, g, None] for g in range(group))
+    total = weights[:, 0] * factor[:, 0, None]
+    for g in range(1, group):
+        total = total + weights[:, g] * factor[:, g, None]
+    return total
 
 
 def _add_columns(

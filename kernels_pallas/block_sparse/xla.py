@@ -44,8 +44,8 @@ class Tuning:
       blocks_per_step: query-major, blocks (or, for dk and dv, tiles) visited in one step.
       tiles_at_once: query-major, tiles advanced together.
       dense_elements: dense, logits of a chunk of queries at most.
-      dense_keys: key sequences up to this length run dense.
-      dense_ratio: so do those up to this many times the selected keys P * block_size.
+      dense_keys: key sequences up to this length run dense. On a CPU the list walk wins already
+        above 256 keys, even where every block is selected: it skips what is not causal.
       smallest_block: blocks below this many keys do not run key-major.
     """
 
@@ -55,22 +55,24 @@ class Tuning:
     blocks_per_step: int = 8
     tiles_at_once: int = 1
     dense_elements: int = 2**20
-    dense_keys: int = 512
-    dense_ratio: float = 1.0
+    dense_keys: int = 256
     smallest_block: int = 16
 
 
 _CPU = Tuning()
-_PARALLEL = Tuning(tiles_at_once=64, dense_elements=2**24)
+# Not measured: guesses for an accelerator without a kernel of its own.
+_PARALLEL = Tuning(tiles_at_once=64, dense_elements=2**24, dense_keys=2048)
 
 
-def choose_execution(
-    keys: int, slots: int, block_size: int, platform: str, tuning: Tuning
-) -> Execution:
-    """The execution for S = ``keys`` and P = ``slots``: a static rule from measured break-evens."""
+def choose_execution(keys: int, block_size: int, platform: str, tuning: Tuning) -> Execution:
+    """The execution for S = ``keys``: a static rule from measured break-evens.
+
+    The number of selected blocks does not enter: masked dense execution scores every key, the
+    key-major walk never more than the causal ones.
+    """
     if tuning.execution is not None:
         return tuning.execution
-    if keys <= max(tuning.dense_keys, tuning.dense_ratio * slots * block_size):
+    if keys <= tuning.dense_keys:
         return "dense"
     if platform == "cpu" and block_size >= tuning.smallest_block:
         return "key_major"
@@ -94,7 +96,7 @@ def block_sparse_attention(
     if tuning is None:
         tuning = _CPU if platform == "cpu" else _PARALLEL
     keys, slots = k.shape[1], indices.shape[3]
-    execution = choose_execution(keys, slots, block_size, platform, tuning)
+    execution = choose_execution(keys, block_size, platform, tuning)
     if (keys, slots, block_size, execution) not in _logged:
         _logged.add((keys, slots, block_size, execution))
         _logger.info(
@@ -124,12 +126,15 @@ def _attend(block_size, scale, tuning, q, k, v, indices, last):
 
 def _sizes(tuning: Tuning) -> dict[str, int]:
     """The tuning constants that the chosen execution takes."""
-    names = {
-        "dense": {"elements": "dense_elements"},
-        "key_major": {"rows_per_step": "rows_per_step"},
-        "query_major": {name: name for name in ("tile", "blocks_per_step", "tiles_at_once")},
-    }[tuning.execution]
-    return {argument: getattr(tuning, field) for argument, field in names.items()}
+    if tuning.execution == "dense":
+        return {"elements": tuning.dense_elements}
+    if tuning.execution == "key_major":
+        return {"rows_per_step": tuning.rows_per_step}
+    return {
+        "tile": tuning.tile,
+        "blocks_per_step": tuning.blocks_per_step,
+        "tiles_at_once": tuning.tiles_at_once,
+    }
 
 
 def _attend_forward(block_size, scale, tuning, q, k, v, indices, last):
@@ -150,12 +155,8 @@ def _attend_backward(block_size, scale, tuning, residuals, cotangent):
     seen = ~jnp.isneginf(output.lse)
     products = cotangent.out.astype(dtype) * output.out.astype(dtype)
     delta = jnp.where(seen, jnp.sum(products, axis=-1) - cotangent.lse, 0.0)
-    module = {
-        "dense": xla_dense,
-        "key_major": xla_key_major,
-        "query_major": xla_query_major,
-    }[tuning.execution]
-    dq, dk, dv = module.backward(
+    modules = {"dense": xla_dense, "key_major": xla_key_major, "query_major": xla_query_major}
+    dq, dk, dv = modules[tuning.execution].backward(
         q,
         k,
         v,

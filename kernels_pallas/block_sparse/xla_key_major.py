@@ -31,18 +31,17 @@ def _dot(left: Array, right: Array, left_axis: int, right_axis: int, dtype: jnp.
 class _Walk:
     """The list of (key block, chunk of its queries) steps and what each of them loads.
 
-    One instance per trace. Rows are numbered ``(b * T + t) * A + a`` and hold ``rows`` = N/A
-    heads; a chunk is up to ``chunk`` rows that selected the same block.
+    One instance per trace. Rows are numbered ``(b * T + t) * A + a`` and hold ``group`` = N/A
+    heads; a step is a key block and up to ``chunk`` of the rows that selected it.
     """
 
     def __init__(
         self,
         shape: tuple[int, ...],
-        keys: Float[Array, "B S K H"],
-        values: Float[Array, "B S K Hv"],
         inverse: InverseLists,
         last: Int[Array, "B T"],
         *,
+        kv_heads: int,
         block_size: int,
         rows_per_step: int,
     ) -> None:
@@ -51,11 +50,12 @@ class _Walk:
         self.group = self.query_heads // self.lists
         self.block_size = block_size
         self.blocks = inverse.offsets.shape[2] - 1
-        self.sharing = self.lists // keys.shape[2]
-        self.keys, self.values = keys, values
+        sharing = self.lists // kv_heads
         self.last_key = jnp.max(last, axis=1)
         entries = inverse.tiles.shape[2]
-        self.chunk = min(max(rows_per_step // self.group, 1), self.queries)
+        # Long enough for fast matrix products, short against the queries a block has on average:
+        # the last chunk of every block is padded.
+        self.chunk = min(max(rows_per_step // self.group, 1), max(entries // self.blocks // 4, 8))
         heads = self.batch * self.lists
         tokens = inverse.tiles.reshape(-1)
         base = jnp.arange(heads, dtype=jnp.int32)[:, None] * entries
@@ -88,7 +88,7 @@ class _Walk:
         limit = jnp.take(last.reshape(-1), query, mode="clip") - start[:, None]
         self.limit_table = jnp.where(live, limit, -1)
         self.row_table = query * self.lists + listed[:, None]
-        self.block_table = jnp.stack([batch, start, listed // self.sharing], axis=1)
+        self.block_table = jnp.stack([batch, start, listed // sharing], axis=1)
 
     @property
     def rows(self) -> int:
@@ -178,7 +178,14 @@ def forward(
     inverse = build_inverse_lists(
         jnp.transpose(indices, (0, 2, 1, 3)), None, blocks=k.shape[1] // block_size
     )
-    walk = _Walk(q.shape, k, v, inverse, last, block_size=block_size, rows_per_step=rows_per_step)
+    walk = _Walk(
+        q.shape,
+        inverse,
+        last,
+        kv_heads=k.shape[2],
+        block_size=block_size,
+        rows_per_step=rows_per_step,
+    )
     chunk, group, value_width = walk.chunk, walk.group, v.shape[3]
     q_rows = q.reshape(walk.rows, group * walk.width)
 
@@ -236,7 +243,14 @@ def backward(
     dtype = accumulation_dtype(q.dtype)
     keys_given = k.shape[1]
     k, v = _pad_keys(k, block_size), _pad_keys(v, block_size)
-    walk = _Walk(q.shape, k, v, inverse, last, block_size=block_size, rows_per_step=rows_per_step)
+    walk = _Walk(
+        q.shape,
+        inverse,
+        last,
+        kv_heads=k.shape[2],
+        block_size=block_size,
+        rows_per_step=rows_per_step,
+    )
     chunk, group, value_width = walk.chunk, walk.group, v.shape[3]
     heads = chunk * group
     q_rows = q.reshape(walk.rows, group * walk.width)

@@ -66,8 +66,8 @@ class _Layout:
         width = array.shape[-1]
         shape = (self.batch, self.lists, self.tiles, self.tile, self.group, width)
         array = jnp.transpose(array.reshape(shape), (0, 2, 3, 1, 4, 5))
-        shape = (self.batch, self.tiles * self.tile, self.query_heads, width)
-        return array.reshape(shape)[:, : self.queries]
+        array = array.reshape(self.batch, self.tiles * self.tile, self.query_heads, width)
+        return array[:, : self.queries]
 
     def last_of_tiles(self, last: Int[Array, "B T"]) -> Int[Array, "tiles tile"]:
         """Last visible key row of the queries of every tile, -1 for padding."""
@@ -309,6 +309,7 @@ def backward(
     heads = layout.batch * layout.lists
     offsets = inverse.offsets.reshape(heads, layout.blocks + 1)
     visiting = inverse.tiles.reshape(heads, entries)
+    assert inverse.words is not None
     words = inverse.words.reshape(heads, entries, -1)
     last_tiles = layout.last_of_tiles(last)
     rows = layout.tile * layout.group

@@ -77,12 +77,12 @@ class Softmax(NamedTuple):
 class RowTiles(NamedTuple):
     """Ranges of all query rows, tiled. U = B * tiles a sequence.
 
-    ``start`` and ``count`` give the visible keys [start, start + count) of each matrix row;
+    ``start`` and ``length`` give the visible keys [start, start + length) of each matrix row;
     ``low`` and ``high`` the span that a whole tile visits.
     """
 
     start: Int[Array, "U M"]
-    count: Int[Array, "U M"]
+    length: Int[Array, "U M"]
     low: Int[Array, "U"]
     high: Int[Array, "U"]
 
@@ -93,35 +93,59 @@ def tile_ranges(
     """Cut ranges into tiles; rows added to fill the last tile see nothing."""
     fill = ((0, 0), (0, -start.shape[1] % tiles.rows))
     start, stop = (jnp.pad(a, fill).reshape(-1, tiles.rows) for a in (start, stop))
-    count = jnp.maximum(stop - start, 0)
-    low = jnp.min(jnp.where(count > 0, start, keys), axis=1)
-    high = jnp.max(jnp.where(count > 0, stop, 0), axis=1)
-    return RowTiles(jnp.repeat(start, group, axis=1), jnp.repeat(count, group, axis=1), low, high)
+    length = jnp.maximum(stop - start, 0)
+    low = jnp.min(jnp.where(length > 0, start, keys), axis=1)
+    high = jnp.max(jnp.where(length > 0, stop, 0), axis=1)
+    return RowTiles(jnp.repeat(start, group, axis=1), jnp.repeat(length, group, axis=1), low, high)
 
 
-def tile_rows(
-    x: Float[Array, "B T N H"], tiles: Tiles, kv_heads: int, live: Bool[Array, "B T"]
-) -> Float[Array, "A M H"]:
-    """Tiles of query rows, A = B * K * tiles a sequence; rows that are not ``live`` become 0.
+class TileIndex(NamedTuple):
+    """Where a tile lies: ``head`` counts B * K matrices of keys, ``ranges`` rows of RowTiles."""
 
-    Clearing them keeps whatever padding holds out of 0 * NaN products.
-    """
-    batch, rows, heads, width = x.shape
-    x = jnp.where(live[:, :, None, None], x.astype(accumulation_dtype(x.dtype)), 0)
-    x = jnp.pad(x, ((0, 0), (0, -rows % tiles.rows), (0, 0), (0, 0)))
-    x = x.reshape(batch, -1, tiles.rows, kv_heads, heads // kv_heads, width)
-    x = jnp.transpose(x, (0, 3, 1, 2, 4, 5))
-    return x.reshape(-1, tiles.rows * (heads // kv_heads), width)
+    batch: Int[Array, ""]
+    head: Int[Array, ""]
+    first_row: Int[Array, ""]
+    first_query_head: Int[Array, ""]
+    ranges: Int[Array, ""]
+
+    @staticmethod
+    def of(i: Int[Array, ""], padded_rows: int, kv_heads: int, group: int, tiles: Tiles):
+        """Tile number i: sequences outermost, then kv heads, then rows."""
+        a_sequence = padded_rows // tiles.rows
+        i = jnp.asarray(i, jnp.int32)  # loop counters are int64 under x64
+        head, tile = i // a_sequence, i % a_sequence
+        batch = head // kv_heads
+        return TileIndex(
+            batch, head, tile * tiles.rows, head % kv_heads * group, batch * a_sequence + tile
+        )
+
+    def take(self, x: Float[Array, "B T N X"], rows: int, group: int) -> Float[Array, "M X"]:
+        """The tile's rows of a query-shaped array."""
+        zero = jnp.zeros((), jnp.int32)
+        at = (self.batch, self.first_row, self.first_query_head, zero)
+        part = jax.lax.dynamic_slice(x, at, (1, rows, group, x.shape[3]))
+        return part.reshape(rows * group, x.shape[3])
+
+    def put(
+        self, x: Float[Array, "B T N X"], part: Float[Array, "M X"], rows: int
+    ) -> Float[Array, "B T N X"]:
+        """The inverse of :meth:`take`: x with the tile's rows replaced."""
+        zero = jnp.zeros((), jnp.int32)
+        at = (self.batch, self.first_row, self.first_query_head, zero)
+        part = part.reshape(1, rows, -1, x.shape[3]).astype(x.dtype)
+        return jax.lax.dynamic_update_slice(x, part, at)
 
 
-def untile_rows(
-    x: Float[Array, "A M H"], batch: int, rows: int, kv_heads: int, tiles: Tiles
-) -> Float[Array, "B T N H"]:
-    """The inverse of :func:`tile_rows`, dropping the rows that filled the last tile."""
-    group = x.shape[1] // tiles.rows
-    x = x.reshape(batch, kv_heads, -1, tiles.rows, group, x.shape[-1])
-    x = jnp.transpose(x, (0, 2, 3, 1, 4, 5))
-    return x.reshape(batch, -1, kv_heads * group, x.shape[-1])[:, :rows]
+def pad_rows(x: Float[Array, "B T N X"], tiles: Tiles) -> Float[Array, "B T N X"]:
+    """Rows added up to a whole number of tiles."""
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % tiles.rows), (0, 0), (0, 0)))
+
+
+def live_rows(
+    x: Float[Array, "M X"], length: Int[Array, "M"], dtype: jnp.dtype
+) -> Float[Array, "M X"]:
+    """Rows as ``dtype``, cleared where they see nothing: padding may hold NaN."""
+    return jnp.where((length > 0)[:, None], x.astype(dtype), 0)
 
 
 def covered(start: Int[Array, "B T"], stop: Int[Array, "B T"], keys: int) -> Bool[Array, "B S"]:
@@ -144,7 +168,7 @@ def visible(
     floor: Int[Array, ""],
     keys: int,
     start: Int[Array, "M"],
-    count: Int[Array, "M"],
+    length: Int[Array, "M"],
 ) -> Bool[Array, "M S"]:
     """Which of the keys position, position + 1, .. each row sees; none below ``floor``.
 
@@ -153,7 +177,7 @@ def visible(
     """
     s = position + jnp.arange(keys, dtype=jnp.int32)
     offset = (s[None, :] - start[:, None]).astype(jnp.uint32)  # wraps to huge below start
-    return (offset < count.astype(jnp.uint32)[:, None]) & (s >= floor)[None, :]
+    return (offset < length.astype(jnp.uint32)[:, None]) & (s >= floor)[None, :]
 
 
 def precision_of(dtype: jnp.dtype) -> str:

@@ -18,14 +18,15 @@ from kernels_pallas.ranged.few_rows import FEW_ROWS, few_rows_forward
 from kernels_pallas.ranged.tiling import (
     MASKED,
     Softmax,
+    TileIndex,
     Tiles,
     covered,
     head_major,
+    live_rows,
+    pad_rows,
     precision_of,
     slab,
     tile_ranges,
-    tile_rows,
-    untile_rows,
     visible,
 )
 
@@ -60,7 +61,9 @@ def _attend_fwd(q, k, v, start, stop, scale, tiles):
 
 
 def _attend_bwd(scale, tiles, residuals, cotangents):
-    return (*ranged_backward(*residuals, *cotangents, scale, tiles), None, None)
+    d_out, d_lse = cotangents
+    gradients = ranged_backward(*residuals, d_out=d_out, d_lse=d_lse, scale=scale, tiles=tiles)
+    return (*gradients, None, None)
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
@@ -73,34 +76,35 @@ def _forward(q, k, v, start, stop, scale, tiles):
     dtype, precision = accumulation_dtype(q.dtype), precision_of(q.dtype)
     ranges = tile_ranges(start, stop, tiles, group, keys)
     live = covered(start, stop, keys)
-    queries = tile_rows(q, tiles, kv_heads, stop > start) * scale
+    queries = pad_rows(q, tiles)
+    padded = queries.shape[1]
     k, v = head_major(k, live), head_major(v, live)
-    a_sequence = queries.shape[0] // (batch * kv_heads)
 
-    def tile(i):
-        head = i // a_sequence
-        first, count, low, high = jax.tree.map(
-            lambda a: a[head // kv_heads * a_sequence + i % a_sequence], ranges
-        )
+    def tile(i, results):
+        at = TileIndex.of(i, padded, kv_heads, group, tiles)
+        first, length, low, high = jax.tree.map(lambda a: a[at.ranges], ranges)
+        query = live_rows(at.take(queries, tiles.rows, group), length, dtype) * scale
 
         def step(j, softmax):
             floor = low + j * tiles.keys
             position = jnp.minimum(floor, keys - tiles.keys)
-            logits = jnp.matmul(
-                queries[i], slab(k, head, position, tiles.keys).T, precision=precision
-            )
-            mask = visible(position, floor, tiles.keys, first, count)
-            logits = jnp.where(mask, logits, MASKED)
-            return softmax.absorb(logits, slab(v, head, position, tiles.keys), precision)[0]
+            key, value = (slab(a, at.head, position, tiles.keys) for a in (k, v))
+            logits = jnp.matmul(query, key.T, precision=precision)
+            mask = visible(position, floor, tiles.keys, first, length)
+            return softmax.absorb(jnp.where(mask, logits, MASKED), value, precision)[0]
 
         steps = (jnp.maximum(high - low, 0) + tiles.keys - 1) // tiles.keys
         empty = Softmax.empty(tiles.rows * group, width, dtype)
-        return jax.lax.fori_loop(0, steps, step, empty).finish()
+        out, lse = jax.lax.fori_loop(0, steps, step, empty).finish()
+        outs, lses = results
+        return at.put(outs, out, tiles.rows), at.put(lses, lse[:, None], tiles.rows)
 
-    out, lse = jax.lax.map(tile, jnp.arange(queries.shape[0], dtype=jnp.int32))
-    out = untile_rows(out, batch, rows, kv_heads, tiles)
-    lse = untile_rows(lse[:, :, None], batch, rows, kv_heads, tiles)[..., 0]
-    return out.astype(q.dtype), lse
+    empty = (
+        jnp.zeros((batch, padded, heads, width), q.dtype),
+        jnp.zeros((batch, padded, heads, 1), dtype),
+    )
+    out, lse = jax.lax.fori_loop(0, batch * kv_heads * padded // tiles.rows, tile, empty)
+    return out[:, :rows], lse[:, :rows, :, 0]
 
 
 def ranged_backward(
@@ -111,6 +115,7 @@ def ranged_backward(
     stop: Int[Array, "B T"],
     out: Float[Array, "B T N Hv"],
     lse: Float[Array, "B T N"],
+    *,
     d_out: Float[Array, "B T N Hv"],
     d_lse: Float[Array, "B T N"],
     scale: float,
@@ -126,53 +131,54 @@ def ranged_backward(
     group = heads // kv_heads
     dtype, precision = accumulation_dtype(q.dtype), precision_of(q.dtype)
     ranges = tile_ranges(start, stop, tiles, group, keys)
-    live_rows, live_keys = stop > start, covered(start, stop, keys)
-    queries = tile_rows(q, tiles, kv_heads, live_rows) * scale
-    d_outs = tile_rows(d_out, tiles, kv_heads, live_rows)
-    k_major, v_major = head_major(k, live_keys), head_major(v, live_keys)
-
+    live = covered(start, stop, keys)
+    k_major, v_major = head_major(k, live), head_major(v, live)
     delta = jnp.sum(d_out.astype(dtype) * out.astype(dtype), axis=-1) - d_lse
-    statistics = jnp.stack([lse, delta], axis=-1)
-    statistics = tile_rows(statistics, tiles, kv_heads, live_rows)
-    a_sequence = queries.shape[0] // (batch * kv_heads)
+    queries, d_outs = pad_rows(q, tiles), pad_rows(d_out, tiles)
+    statistics = pad_rows(jnp.stack([lse, delta], axis=-1), tiles)
+    padded = queries.shape[1]
 
-    def tile(carry, i):
-        head = i // a_sequence
-        first, count, low, high = jax.tree.map(
-            lambda a: a[head // kv_heads * a_sequence + i % a_sequence], ranges
+    def tile(i, carry):
+        dqs, *sums = carry
+        at = TileIndex.of(i, padded, kv_heads, group, tiles)
+        first, length, low, high = jax.tree.map(lambda a: a[at.ranges], ranges)
+        query, d_out, statistic = (
+            live_rows(at.take(a, tiles.rows, group), length, dtype)
+            for a in (queries, d_outs, statistics)
         )
-        query, d_out = queries[i], d_outs[i]
-        lse, delta = statistics[i, :, 0, None], statistics[i, :, 1, None]
+        query = query * scale
+        lse, delta = statistic[:, 0, None], statistic[:, 1, None]
 
         def step(j, sums):
             dq, dk, dv = sums
             floor = low + j * tiles.keys
             position = jnp.minimum(floor, keys - tiles.keys)
-            key = slab(k_major, head, position, tiles.keys)
-            value = slab(v_major, head, position, tiles.keys)
+            key = slab(k_major, at.head, position, tiles.keys)
+            value = slab(v_major, at.head, position, tiles.keys)
             logits = jnp.matmul(query, key.T, precision=precision)
-            mask = visible(position, floor, tiles.keys, first, count)
+            mask = visible(position, floor, tiles.keys, first, length)
             p = jnp.exp(jnp.where(mask, logits, MASKED) - lse)
             ds = p * (jnp.matmul(d_out, value.T, precision=precision) - delta)
             dq = dq + jnp.matmul(ds, key, precision=precision)
             # Sums over rows run at full speed as [H, M] @ [M, S], so dk and dv are transposed.
-            dk = _add_columns(dk, head, position, jnp.matmul(query.T, ds, precision=precision))
-            dv = _add_columns(dv, head, position, jnp.matmul(d_out.T, p, precision=precision))
+            dk = _add_columns(dk, at.head, position, jnp.matmul(query.T, ds, precision=precision))
+            dv = _add_columns(dv, at.head, position, jnp.matmul(d_out.T, p, precision=precision))
             return dq, dk, dv
 
         steps = (jnp.maximum(high - low, 0) + tiles.keys - 1) // tiles.keys
         zero = jnp.zeros((tiles.rows * group, width), dtype)
-        dq, dk, dv = jax.lax.fori_loop(0, steps, step, (zero, *carry))
-        return (dk, dv), dq
+        dq, *sums = jax.lax.fori_loop(0, steps, step, (zero, *sums))
+        return at.put(dqs, dq * scale, tiles.rows), *sums
 
-    zeros = tuple(jnp.zeros((batch * kv_heads, size, keys), dtype) for size in (width, value_width))
-    (dk, dv), dq = jax.lax.scan(tile, zeros, jnp.arange(queries.shape[0], dtype=jnp.int32))
-    dq = untile_rows(dq * scale, batch, rows, kv_heads, tiles).astype(q.dtype)
+    zeros = [jnp.zeros((batch * kv_heads, size, keys), dtype) for size in (width, value_width)]
+    carry = (jnp.zeros((batch, padded, heads, width), q.dtype), *zeros)
+    carry = jax.lax.fori_loop(0, batch * kv_heads * padded // tiles.rows, tile, carry)
+    dq, dk, dv = carry
     dk, dv = (
         jnp.transpose(a.reshape(batch, kv_heads, -1, keys), (0, 3, 1, 2)).astype(q.dtype)
         for a in (dk, dv)
     )
-    return dq, dk, dv
+    return dq[:, :rows], dk, dv
 
 
 def _add_columns(

@@ -106,13 +106,14 @@ def test_the_step_reports_the_loss_of_its_formula(config, batch):
     (_, metrics), _, _ = one_step(config, batch)
     _, placement = plan(config)
     state = make_state(config, placement)
-    decoder = merge(abstract(config.model)[0], state.params, state.state)
-    output = decoder(
-        jnp.asarray(batch["tokens"]),
-        positions=jnp.asarray(batch["positions"]),
-        segment_ids=jnp.asarray(batch["segment_ids"]),
-    )
-    logp = np.asarray(jax.nn.log_softmax(output.logits))
+
+    @jax.jit
+    def log_probabilities(state, tokens, positions, segment_ids):
+        decoder = merge(abstract(config.model)[0], state.params, state.state)
+        output = decoder(tokens, positions=positions, segment_ids=segment_ids)
+        return jax.nn.log_softmax(output.logits)
+
+    logp = log_probabilities(state, batch["tokens"], batch["positions"], batch["segment_ids"])
     picked = np.take_along_axis(logp, batch["targets"][..., None], -1)[..., 0]
     expected = -(batch["weights"] * picked).sum() / batch["weights"].sum()
     np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)

@@ -22,7 +22,7 @@ class Report:
     forward and through the cache, ``bits_per_byte_order2`` the same bytes with a byte model that
     counted the training split. ``density`` is attended over causal token pairs, averaged over all
     layers; ``selection`` holds the other measurements of the selections. ``seconds`` are wall
-    times of each part, compilation included.
+    times of each part, compilation included; some run at the same time.
     """
 
     bits_per_byte_teacher_forced: float

@@ -1,0 +1,68 @@
+"""Block scores of a handful of rows (decode): all entries in one product.
+
+The caller's cache should hold keys as [B, K, H, C] and values as [B, K, C, Hv] and pass their
+transposed views: the transpositions below then cancel, and both products stream memory in order.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from kernels_pallas.block_scores.ranking import Ranking
+from kernels_pallas.common import accumulation_dtype
+from kernels_pallas.ranged.tiling import precision_of
+
+WHOLE_ENTRIES = 8192
+"""Up to this capacity all entries are read, visible or not; beyond, only the visible ones."""
+
+
+def score_few_rows(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B C K H"],
+    v: Float[Array, "B C K Hv"],
+    start: Int[Array, "B T"],
+    stop: Int[Array, "B T"],
+    first_block: Int[Array, "B T"],
+    last_block: Int[Array, "B T"],
+    ranking: Ranking,
+    scale: float,
+) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"], Int[Array, "B T K P"]]:
+    """``out``, ``lse`` and ``indices`` as in the api; O(B T N C) memory."""
+    B, T, N, H = q.shape
+    C, K, Hv = v.shape[1:]
+    dtype, precision = accumulation_dtype(q.dtype), precision_of(q.dtype)
+    keys = jnp.transpose(k, (0, 2, 3, 1)).astype(dtype)
+    values = jnp.swapaxes(v, 1, 2).astype(dtype)
+    queries = jnp.swapaxes(q.reshape(B, T, K, N // K, H), 1, 2).reshape(B, K, -1, H).astype(dtype)
+    logits = jnp.matmul(queries * scale, keys, precision=precision).reshape(B, K, T, N // K, C)
+    entry = jnp.arange(C, dtype=jnp.int32)[None, None, :]
+    visible = (entry >= start[..., None]) & (entry < stop[..., None])
+    logits = jnp.where(visible[:, None, :, None], logits, -jnp.inf)
+    top = jnp.max(logits, axis=-1, keepdims=True)
+    weights = jnp.exp(logits - jnp.where(jnp.isneginf(top), 0.0, top))
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    seen = total > 0
+    safe_total = jnp.where(seen, total, 1.0)
+    lse = jnp.where(seen, top + jnp.log(safe_total), -jnp.inf)
+    weights = weights / safe_total
+
+    def attend(values: Array) -> Array:
+        return jnp.matmul(weights.reshape(B, K, -1, C), values, precision=precision)
+
+    def attend_what_is_seen() -> Array:
+        someone = jnp.any(visible, axis=1)[:, None, :, None]
+        return attend(jnp.where(someone, values, 0))
+
+    # Unwritten entries may hold anything and 0 * NaN is not 0; masking them costs a second pass
+    # over the values, so it waits until it is needed.
+    out = attend(values)
+    out = jax.lax.cond(jnp.all(jnp.isfinite(out)), lambda: out, attend_what_is_seen)
+    out = jnp.swapaxes(out.reshape(B, K, T, N // K, Hv), 1, 2).reshape(B, T, N, Hv)
+    lse = jnp.swapaxes(lse[..., 0], 1, 2).reshape(B, T, N)
+
+    shares = jnp.swapaxes(jnp.sum(weights, axis=3), 1, 2).reshape(B * T * K, C)
+    first, last = (jnp.repeat(blocks.reshape(-1), K) for blocks in (first_block, last_block))
+    indices = ranking.top_blocks(shares, first, last).reshape(B, T, K, -1)
+    return out.astype(q.dtype), lse, indices
