@@ -283,6 +283,10 @@ class NSAAttention(nnx.Module):
             alignment=config.alignment,
         )
         raw = (heads.k[0], heads.v[0])
+        if segment_ids is not None:
+            # An entry may reach into padding; nobody sees it, but 0 * NaN in its gradient is NaN.
+            padding = ~rows.valid[:, :, None, None]
+            raw = (jnp.where(padding, 0, raw[0]), jnp.where(padding, 0, raw[1]))
         slc, win = (0, 0) if config.shared_kv else (1, 2)
         q = heads.rope(heads.q, rows.positions)
         k_slc, v_slc = heads.rope(heads.k[slc], rows.positions), heads.v[slc]

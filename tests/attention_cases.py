@@ -71,6 +71,12 @@ def cut(parts, start, stop):
     return q[:, start:stop], k[:, :, start:stop], v[:, :, start:stop], x[:, start:stop]
 
 
+def call(module, parts, **options):
+    """(output, aux) of the mechanism on a whole sequence, jitted; options stay concrete."""
+    run = jax.jit(lambda parts: module(as_heads(*parts), **options)[::2])
+    return run(parts)
+
+
 def forward(module, parts, **options):
     """Output of the mechanism on a whole sequence, jitted."""
     run = jax.jit(lambda parts: module(as_heads(*parts), **options)[0])

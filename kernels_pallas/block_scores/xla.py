@@ -71,10 +71,11 @@ def choose_tiles(rows: int, entries: int, group: int) -> Tiles:
 
 @partial(jax.custom_vjp, nondiff_argnums=(7, 8, 9))
 def _score(q, k, v, start, stop, first_block, last_block, ranking, scale, tiles):
-    forward = partial(_forward, tiles=tiles)
-    if q.shape[1] <= FEW_ROWS:
-        forward = score_few_rows if k.shape[1] <= WHOLE_ENTRIES else _few_rows
-    return forward(q, k, v, start, stop, first_block, last_block, ranking, scale)
+    rows = (start, stop, first_block, last_block)
+    if q.shape[1] > FEW_ROWS:
+        return _forward(q, k, v, *rows, ranking, scale, tiles)
+    few = score_few_rows if k.shape[1] <= WHOLE_ENTRIES else _few_rows
+    return few(q, k, v, *rows, ranking, scale)
 
 
 def _score_fwd(q, k, v, start, stop, first_block, last_block, ranking, scale, tiles):

@@ -17,8 +17,8 @@ T = 40
 
 
 def run(config, parts, **options):
-    module = cases.mechanism(config, SHAPE)
-    return module(cases.as_heads(*parts), **options)
+    """(output, aux), jitted."""
+    return cases.call(cases.mechanism(config, SHAPE), parts, **options)
 
 
 @pytest.mark.parametrize("cached", [False, True])
@@ -65,7 +65,7 @@ def test_compressed_branch_is_attention_over_entries(x64):
 
 def test_forced_blocks_count_inside_n(x64):
     parts = cases.arrays(SHAPE, 3, 2, T)
-    selection = run(SMALL, parts, inspect=True)[2].selection
+    selection = run(SMALL, parts, inspect=True)[1].selection
     assert selection.block_size == 8
     assert selection.indices.shape == (2, T, 2, 4)
     for t in range(T):
@@ -78,10 +78,10 @@ def test_forced_blocks_count_inside_n(x64):
 
 def test_inspection_reports_quality_and_density(x64):
     parts = cases.arrays(SHAPE, 3, 1, T)
-    aux = run(SMALL, parts, inspect=True)[2]
+    aux = run(SMALL, parts, inspect=True)[1]
     assert 0 < float(aux.metrics["recall_top32"]) < 1
     assert 0 < float(aux.metrics["captured_mass"]) < 1
-    covering = run(SMALL.covering(T), parts, inspect=True)[2].metrics
+    covering = run(SMALL.covering(T), parts, inspect=True)[1].metrics
     np.testing.assert_allclose(covering["recall_top32"], 1.0)
     np.testing.assert_allclose(covering["captured_mass"], 1.0, rtol=1e-6)
     np.testing.assert_allclose(covering["density"], 1.0)
@@ -155,7 +155,7 @@ def test_straight_through_keeps_the_value_and_adds_the_block_gradient(x64):
 
     q, k, v, _ = (np.asarray(a) for a in parts)
     seed = np.random.default_rng(4).standard_normal((1, T, 4, 8))
-    selection = run(frozen, parts, inspect=True)[2].selection
+    selection = run(frozen, parts, inspect=True)[1].selection
     indices = np.asarray(selection.indices)[0]
     positions = jnp.arange(T)[None]
     q_rot = np.asarray(cases.rope(jnp.asarray(q), positions))[0]
@@ -237,6 +237,6 @@ def test_wrong_number_of_branches_is_refused(x64):
 
 def test_density_is_an_upper_bound_of_the_measured_one(x64):
     parts = cases.arrays(SHAPE, 3, 1, T)
-    measured = float(run(SMALL, parts, inspect=True)[2].metrics["density"])
+    measured = float(run(SMALL, parts, inspect=True)[1].metrics["density"])
     assert measured <= SMALL.density(T)
     assert NSA().density(65536) < 0.12
