@@ -38,9 +38,9 @@ class ModelConfig:
     ``embedding_multiplier`` scales token embeddings on the way in (not as output weights).
     ``scan_layers`` stacks alike consecutive layers and scans over them where no cache is given.
     ``remat`` says what a backward pass keeps of a layer: "none" keeps everything, "full" only its
-    input, "selection" its input and the block lists (both passes attend the same blocks), "dots" the
-    results of matrix products with weights as well. Activations are ``compute_dtype``, parameters
-    ``param_dtype``; norms, rotations, softmax and logits are at least float32.
+    input, "selection" its input and the block lists (both passes attend the same blocks), "dots"
+    the results of matrix products with weights as well. Activations are ``compute_dtype``,
+    parameters ``param_dtype``; norms, rotations, softmax and logits are at least float32.
 
     Raises:
       ValueError: on sizes below 1, heads that do not divide, an odd number of rotated dims, layer
