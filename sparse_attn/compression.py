@@ -12,7 +12,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 CompressionKind = Literal["mlp", "linear", "mean"]
 
@@ -89,8 +89,8 @@ class Compression(nnx.Module):
                 f"{pieces.shape[1]} pieces of {self.stride} tokens hold no block of {self.block}"
             )
         if self.kind == "mean":
-            sums = jnp.mean(pieces, axis=2)
-            parts = [sums[:, c : c + entries] for c in range(per_entry)]
+            means = jnp.mean(pieces, axis=2)
+            parts = [means[:, c : c + entries] for c in range(per_entry)]
             return sum(parts[1:], start=parts[0]) / per_entry
         dtype = pieces.dtype
         w_in = self.w_in[...].astype(dtype)
@@ -133,6 +133,15 @@ def _project(
     flat = jnp.moveaxis(blocks, 3, 0).reshape(K, B * M, length * H)
     product = jnp.matmul(flat, weights.reshape(K, length * H, -1))
     return jnp.moveaxis(product.reshape(K, B, M, -1), 0, 2)
+
+
+def split_pieces(x: Shaped[Array, "B T *rest"], block: int, stride: int) -> Array:
+    """Whole pieces of d tokens [B, M, d, ...], padded with zeros to at least one block."""
+    tokens = x.shape[1]
+    pieces = max(tokens // stride, block // stride)
+    needed = pieces * stride
+    x = jnp.pad(x, ((0, 0), (0, max(0, needed - tokens)), *((0, 0) for _ in x.shape[2:])))
+    return x[:, :needed].reshape(x.shape[0], pieces, stride, *x.shape[2:])
 
 
 def entry_count(tokens: int, block: int, stride: int) -> int:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.ranged import ranged_attention
-from sparse_attn.compression import entry_count
+from sparse_attn.compression import Compression, split_pieces
 from sparse_attn.documents import place_rows
 from sparse_attn.nsa import NSA
 from sparse_attn.nsa_branches import compressed_branch, selected_branch, window_branch
@@ -50,15 +51,10 @@ def mean_compress(
     """Means of x[i*d : i*d + l], C = floor((T - l)/d) + 1 (at least one entry, zero-padded)."""
     if block % stride:
         raise ValueError(f"{stride=} must divide {block=}")
-    tokens = x.shape[1]
-    entries = max(1, entry_count(tokens, block, stride))
-    pieces = entries + block // stride - 1
-    x = jnp.pad(x, ((0, 0), (0, max(0, pieces * stride - tokens)), (0, 0), (0, 0)))
-    means = jnp.mean(
-        x[:, : pieces * stride].reshape(x.shape[0], pieces, stride, *x.shape[2:]), axis=2
+    phi = Compression(
+        "mean", block=block, stride=stride, kv_heads=x.shape[2], width=x.shape[3], rngs=nnx.Rngs(0)
     )
-    parts = [means[:, c : c + entries] for c in range(block // stride)]
-    return sum(parts[1:], start=parts[0]) / len(parts)
+    return phi(split_pieces(x, block, stride))
 
 
 def nsa_attention(

@@ -28,7 +28,7 @@ from jaxtyping import Array, Float, Int
 from kernels_pallas.block_scores import Pooling
 from sparse_attn import metrics, selector_gradient
 from sparse_attn.cache import check_capacity
-from sparse_attn.compression import Compression, CompressionKind
+from sparse_attn.compression import Compression, CompressionKind, entry_count, split_pieces
 from sparse_attn.documents import Rows, place_rows
 from sparse_attn.nsa_branches import (
     compressed_branch,
@@ -347,16 +347,12 @@ class NSAAttention(nnx.Module):
         """Every entry of a whole sequence (at least one, so that shapes stay legal)."""
         config = self.config
         stride, block = config.compression_stride, config.compression_block
-        tokens = raw_k.shape[1]
-        pieces = max(tokens // stride, block // stride)
-        need = pieces * stride
+        entries = max(1, entry_count(raw_k.shape[1], block, stride))
 
         def split(x: Array) -> Array:
-            x = jnp.pad(x, ((0, 0), (0, max(0, need - tokens)), (0, 0), (0, 0)))[:, :need]
-            return x.reshape(x.shape[0], pieces, stride, *x.shape[2:])
+            return split_pieces(x, block, stride)
 
-        positions = jnp.pad(rows.positions, ((0, 0), (0, max(0, need - tokens))))[:, :need:stride]
-        entries = pieces - block // stride + 1
+        positions = split(rows.positions)[:, :, 0]
         if config.mode == "mean_pool":
             k_cmp = self.compress_k(split(rope(raw_k, rows.positions)))
         else:

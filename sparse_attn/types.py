@@ -12,8 +12,7 @@ Axis alphabet (used in jaxtyping annotations, einsum strings and local names eve
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -130,6 +129,3 @@ class Aux:
     def empty() -> Aux:
         """No loss, no metrics, no statistics."""
         return Aux(loss=jnp.zeros((), jnp.float32))
-
-
-Build = Callable[..., Any]

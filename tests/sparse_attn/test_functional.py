@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from sparse_attn import NSA, Dense, block_sparse_attention, dense_attention, nsa_attention
+from sparse_attn.types import no_rope
 
 SHAPE = cases.SHAPES["G2"]
 SMALL = dataclasses.replace(NSA.tiny()[0], compression="mean")
@@ -19,10 +20,7 @@ def test_nsa_attention_equals_the_module(x64):
     q, k, v, x = cases.arrays(SHAPE, 3, 2, T)
     module = cases.mechanism(SMALL, SHAPE)
 
-    def unrotated(array, positions, dims=None):
-        return array
-
-    heads = dataclasses.replace(cases.as_heads(q, k, v, x), rope=unrotated)
+    heads = dataclasses.replace(cases.as_heads(q, k, v, x), rope=no_rope)
     want = jax.jit(lambda: module(heads)[0])()
     attend = jax.jit(lambda k, v: nsa_attention(q, k, v, module.gates(x), config=SMALL))
     got = attend(k, v)
