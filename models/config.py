@@ -8,6 +8,7 @@ from typing import Literal, get_args
 from models.rope import RopeConfig
 from sparse_attn.dense import Dense
 from sparse_attn.nsa import NSA
+from sparse_attn.registry import MechanismConfig
 from sparse_attn.types import HeadShape
 
 Remat = Literal["none", "full", "selection", "dots"]
@@ -20,7 +21,7 @@ class Run:
 
     first: int
     count: int
-    attention: NSA | Dense
+    attention: MechanismConfig
 
     @property
     def name(self) -> str:
@@ -54,7 +55,7 @@ class ModelConfig:
     kv_heads: int
     head_width: int
     mlp_width: int
-    attention: NSA | Dense = dataclasses.field(default_factory=NSA)
+    attention: MechanismConfig = dataclasses.field(default_factory=NSA)
     dense_layers: tuple[int, ...] = ()
     rope: RopeConfig = dataclasses.field(default_factory=RopeConfig)
     value_width: int | None = None
@@ -101,7 +102,7 @@ class ModelConfig:
             model_width=self.model_width,
         )
 
-    def layer_attention(self, layer: int) -> NSA | Dense:
+    def layer_attention(self, layer: int) -> MechanismConfig:
         """The mechanism config of one layer."""
         if layer in self.dense_layers:
             return Dense(implementation=getattr(self.attention, "implementation", "auto"))

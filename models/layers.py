@@ -10,9 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from models.config import ModelConfig
-from sparse_attn.dense import Dense
-from sparse_attn.nsa import NSA
-from sparse_attn.registry import build_mechanism
+from sparse_attn.registry import MechanismConfig, build_mechanism
 from sparse_attn.types import Attend, Aux, Heads, Rope
 
 
@@ -48,7 +46,7 @@ class Attention(nnx.Module):
     ``query_key_norm`` ``q_norm`` [H] and ``k_norm`` [R, H].
     """
 
-    def __init__(self, config: ModelConfig, attention: NSA | Dense, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, attention: MechanismConfig, *, rngs: nnx.Rngs):
         shape = config.head_shape
         N, K, D = shape.query_heads, shape.kv_heads, shape.model_width
         H, Hv = shape.head_width, shape.value_width
@@ -120,7 +118,7 @@ class SwiGLU(nnx.Module):
 class Layer(nnx.Module):
     """``x += attention(norm(x)); x += mlp(norm(x))``."""
 
-    def __init__(self, config: ModelConfig, attention: NSA | Dense, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, attention: MechanismConfig, *, rngs: nnx.Rngs):
         dtype = jnp.dtype(config.param_dtype)
         self.attention_norm = RMSNorm((config.model_width,), config.norm_epsilon, dtype)
         self.attention = Attention(config, attention, rngs=rngs)

@@ -11,11 +11,20 @@ from sparse_attn.dense import Dense, DenseAttention, DenseCache
 from sparse_attn.functional import dense_attention, nsa_attention
 from sparse_attn.nsa import NSA, NSAAttention
 from sparse_attn.nsa_cache import NSACache
-from sparse_attn.registry import build_mechanism, register, registered
+from sparse_attn.registry import (
+    MECHANISMS,
+    POLICIES,
+    MechanismConfig,
+    build_mechanism,
+    register,
+    registered,
+)
 from sparse_attn.types import AttentionOutput, Aux, Heads, HeadShape, Selection, merge
 
 __all__ = [
+    "MECHANISMS",
     "NSA",
+    "POLICIES",
     "AttentionOutput",
     "Aux",
     "Dense",
@@ -23,6 +32,7 @@ __all__ = [
     "DenseCache",
     "HeadShape",
     "Heads",
+    "MechanismConfig",
     "NSAAttention",
     "NSACache",
     "Selection",

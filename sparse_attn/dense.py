@@ -13,12 +13,12 @@ from jaxtyping import Array, Float, Int
 from kernels_pallas.ranged import ranged_attention
 from sparse_attn.cache import check_capacity, checked_truncation, write_rows
 from sparse_attn.documents import place_rows
-from sparse_attn.registry import register
+from sparse_attn.registry import MechanismConfig, register
 from sparse_attn.types import Attend, Aux, Heads, HeadShape, Implementation
 
 
 @dataclasses.dataclass(frozen=True)
-class Dense:
+class Dense(MechanismConfig):
     """Softmax attention over all earlier tokens of the document, or over the last ``window``.
 
     Raises:
@@ -27,10 +27,6 @@ class Dense:
 
     window: int | None = None
     implementation: Implementation = "auto"
-
-    alignment = 1
-    kv_branches = 1
-    causal = True
 
     def __post_init__(self) -> None:
         if self.window is not None and self.window < 1:
@@ -68,7 +64,7 @@ class DenseCache:
         return dataclasses.replace(self, length=cut)
 
 
-@register(Dense)
+@register(Dense, "dense")
 class DenseAttention(nnx.Module):
     """No parameters; see :class:`Dense`."""
 

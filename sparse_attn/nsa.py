@@ -44,14 +44,14 @@ from sparse_attn.nsa_cache import (
     append_window,
     empty_cache,
 )
-from sparse_attn.registry import register
+from sparse_attn.registry import MechanismConfig, register
 from sparse_attn.types import Attend, Aux, Heads, HeadShape, Implementation, Selection
 
 SelectorGradient = Literal["through_output", "none", "kl", "straight_through"]
 
 
 @dataclasses.dataclass(frozen=True)
-class NSA:
+class NSA(MechanismConfig):
     """Configuration of Native Sparse Attention. Lengths are in tokens, counts in blocks.
 
     ``selected_blocks`` (n) includes the ``initial_blocks`` and ``recent_blocks`` that are forced.
@@ -134,11 +134,6 @@ class NSA:
         return 1 if self.shared_kv else 3
 
     @property
-    def causal(self) -> bool:
-        """No row sees a later token."""
-        return True
-
-    @property
     def pooling(self) -> Pooling:
         """The weights of Eq. 9."""
         return Pooling.geometric(
@@ -208,7 +203,7 @@ class Gates(nnx.Module):
         return jax.nn.sigmoid(logits + self.bias[...].astype(dtype)[None, None])
 
 
-@register(NSA)
+@register(NSA, "nsa")
 class NSAAttention(nnx.Module):
     """The mechanism: compression, gates and the three branches; see :class:`NSA`."""
 

@@ -1,49 +1,87 @@
 """From a mechanism's config to its module. A new mechanism registers itself here, in its own file.
 
-A config is a frozen, hashable dataclass with
-
-* ``alignment`` - document starts are multiples of it; ``kv_branches`` - R; ``causal``;
-* ``covering(length)`` - the variant whose output equals dense attention up to that length;
-* ``density(length)`` - attended over causal token pairs;
-* ``tiny()`` (static) - variants with small blocks, on which the property suite runs.
+``MECHANISMS`` and ``POLICIES`` map short names to config classes: mechanisms have something to
+learn (or are the dense yardstick), policies are training-free selectors on a dense model's heads.
+Both obey the same contract, and the property suite runs over both.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 
 from sparse_attn.types import HeadShape
 
-
-@runtime_checkable
-class MechanismConfig(Protocol):
-    """What every mechanism's config offers; see the module docstring."""
-
-    @property
-    def alignment(self) -> int: ...
-
-    @property
-    def kv_branches(self) -> int: ...
-
-    @property
-    def causal(self) -> bool: ...
-
-    def covering(self, length: int) -> Any: ...
-
-    def density(self, length: int) -> float: ...
-
+MECHANISMS: dict[str, type[MechanismConfig]] = {}
+POLICIES: dict[str, type[MechanismConfig]] = {}
 
 _modules: dict[type, Callable[..., Any]] = {}
 
 
-def register[M: nnx.Module](config: type) -> Callable[[type[M]], type[M]]:
-    """Class decorator: the decorated module implements mechanisms configured by ``config``."""
+class MechanismConfig:
+    """Base of every mechanism's config, a frozen hashable dataclass validated when it is made.
+
+    Subclasses override what differs from dense attention. They carry ``implementation``.
+    """
+
+    @property
+    def alignment(self) -> int:
+        """Packed documents start at multiples of this many tokens."""
+        return 1
+
+    @property
+    def kv_branches(self) -> int:
+        """R, the independent K/V sets the mechanism wants from the model."""
+        return 1
+
+    @property
+    def causal(self) -> bool:
+        """Whether no row ever depends on a later token; generation refuses others."""
+        return True
+
+    def covering(self, length: int) -> Any:
+        """The variant whose output equals dense attention for documents up to ``length`` tokens."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what covers {length} tokens")
+
+    def density(self, length: int) -> float:
+        """Attended over causal token pairs of one document of ``length`` tokens, at most."""
+        raise NotImplementedError(f"{type(self).__name__} does not say its density at {length}")
+
+    def auxiliary_bits(self, shape: HeadShape, element_bits: int = 16) -> float:
+        """Bits a token that the selector keeps in a layer's cache beside that layer's K and V.
+
+        Counted per cached token over all heads; ``element_bits`` is the width of a cached number.
+        Rings and other buffers whose size does not follow the context are not counted.
+        """
+        del shape, element_bits
+        return 0.0
+
+    @staticmethod
+    def tiny() -> tuple[Any, ...]:
+        """Variants with small blocks, on which the property suite runs."""
+        raise NotImplementedError("a registered config lists small variants for the property suite")
+
+
+def register[M: nnx.Module](
+    config: type[MechanismConfig], name: str, *, policy: bool = False
+) -> Callable[[type[M]], type[M]]:
+    """Class decorator: the module implements what ``config`` configures, known as ``name``.
+
+    ``policy``: it goes to ``POLICIES`` instead of ``MECHANISMS``.
+
+    Raises:
+      ValueError: if the name is taken by another config.
+    """
+    table = POLICIES if policy else MECHANISMS
+    taken = (MECHANISMS | POLICIES).get(name, config)
+    if taken is not config:
+        raise ValueError(f"{name!r} already names {taken.__name__}; choose another name")
 
     def add(module: type[M]) -> type[M]:
+        table[name] = config
         _modules[config] = module
         return module
 
@@ -51,7 +89,7 @@ def register[M: nnx.Module](config: type) -> Callable[[type[M]], type[M]]:
 
 
 def registered() -> dict[type, Callable[..., Any]]:
-    """All known config types and their modules."""
+    """All known config types, policies included, and their modules."""
     return dict(_modules)
 
 

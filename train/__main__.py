@@ -121,7 +121,7 @@ def print_recipes(console: Console) -> None:
 
 def _replace_mechanism(arguments: list[str], recipe: RunConfig) -> tuple[list[str], RunConfig]:
     """Take ``--model.attention NAME`` out of the arguments and put that mechanism in the recipe."""
-    from sparse_attn.registry import registered
+    from sparse_attn.registry import MECHANISMS, POLICIES
 
     flag = "--model.attention"
     arguments = [part for argument in arguments for part in re.split(f"(?<=^{flag})=", argument)]
@@ -129,11 +129,12 @@ def _replace_mechanism(arguments: list[str], recipe: RunConfig) -> tuple[list[st
         return arguments, recipe
     at = arguments.index(flag)
     name = arguments[at + 1] if at + 1 < len(arguments) else ""
-    kinds = {kind.__name__.lower(): kind for kind in registered()}
-    if name.lower() not in kinds:
-        raise ConfigError(f"{flag} {name!r} is no mechanism; known: {', '.join(sorted(kinds))}")
+    kinds = MECHANISMS | POLICIES
+    kind = kinds.get(name.lower())
+    if kind is None:
+        raise ConfigError(f"{flag} {name!r} is no mechanism; known: {', '.join(kinds)}")
     try:
-        model = dataclasses.replace(recipe.model, attention=kinds[name.lower()]())
+        model = dataclasses.replace(recipe.model, attention=kind())
         return arguments[:at] + arguments[at + 2 :], dataclasses.replace(recipe, model=model)
     except ValueError as error:
         raise ConfigError(f"{flag} {name}: {error}") from error

@@ -71,7 +71,8 @@ def parse(arguments: Sequence[str]) -> Arguments:
     """The recipe, or the run's saved configuration, with the overrides of the command line.
 
     Raises:
-      ConfigError: if neither ``--config`` nor ``--checkpoint`` is given, or it cannot be read.
+      ConfigError: if neither ``--config`` nor ``--checkpoint`` is given, it cannot be read, or
+        fields do not fit each other.
       SystemExit: on unknown flags (with a suggestion) or values that do not parse.
     """
     recipe, run_dir = _value(arguments, "--config"), _value(arguments, "--checkpoint")
@@ -84,13 +85,17 @@ def parse(arguments: Sequence[str]) -> Arguments:
             f"nothing to evaluate: {PROGRAM} --config RECIPE [--checkpoint RUN_FOLDER], "
             "e.g. --config configs/quickstart.py --checkpoint runs/quickstart"
         )
-    return tyro.cli(
-        Arguments,
-        prog=PROGRAM,
-        args=list(arguments),
-        default=Arguments(run=run),
-        config=(tyro.conf.AvoidSubcommands,),
-    )
+    try:
+        return tyro.cli(
+            Arguments,
+            prog=PROGRAM,
+            args=list(arguments),
+            default=Arguments(run=run),
+            config=(tyro.conf.AvoidSubcommands,),
+        )
+    except ValueError as error:
+        # Fields that fit one by one, but not each other.
+        raise ConfigError(str(error)) from error
 
 
 def evaluate(

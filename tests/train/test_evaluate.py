@@ -168,6 +168,7 @@ def test_density_counts_every_layer(config):
         (["--checkpoint"], "needs a path"),
         (["--checkpoint", "runs/nowhere"], "no run folder"),
         (["--config", "configs/nothing.py"], "nothing.py"),
+        (["--config", "configs/tiny.py", "--sequence-length", "60"], "not a multiple of 8"),
     ],
 )
 def test_mistakes_exit_with_2(arguments, message, capsys):
