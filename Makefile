@@ -37,7 +37,7 @@ test: $(DEV)
 	@$(BIN)/python -m pytest -n 2 -m "not full" $(TESTS)
 
 test-full: $(DEV)
-	@$(BIN)/python -m pytest $(TESTS)
+	@PROPERTY_EXAMPLES=50 $(BIN)/python -m pytest $(TESTS)
 
 lint: $(DEV)
 	@$(BIN)/ruff check .

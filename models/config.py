@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal, get_args
 
 from models.rope import RopeConfig
@@ -33,19 +34,21 @@ class Run:
 class ModelConfig:
     """A pre-norm decoder: RMSNorm, grouped-query attention with a chosen mechanism, SwiGLU.
 
-    ``dense_layers`` are the layer numbers that use plain dense attention instead of ``attention``.
+    ``dense_layers`` are the layer numbers that use plain dense attention instead of ``attention``;
+    ``attention_overrides`` are pairs (layer number, config) for layers with a mechanism, or just
+    budgets, of their own.
     ``value_width`` None means ``head_width``. ``query_key_norm`` puts an RMSNorm on every query and
     key head before rotation; ``qkv_bias`` adds biases to those three projections.
     ``embedding_multiplier`` scales token embeddings on the way in (not as output weights).
     ``scan_layers`` stacks alike consecutive layers and scans over them where no cache is given.
     ``remat`` says what a backward pass keeps of a layer: "none" keeps everything, "full" only its
-    input, "selection" its input and the block lists (both passes attend the same blocks), "dots"
-    the results of matrix products with weights as well. Activations are ``compute_dtype``,
+    input, "selection" its input, the selections and what scored them (nothing selects twice),
+    "dots" the results of matrix products with weights as well. Activations are ``compute_dtype``,
     parameters ``param_dtype``; norms, rotations, softmax and logits are at least float32.
 
     Raises:
       ValueError: on sizes below 1, heads that do not divide, an odd number of rotated dims, layer
-        numbers outside the model, or unknown names.
+        numbers outside the model or named twice, or unknown names.
     """
 
     vocab_size: int
@@ -57,6 +60,7 @@ class ModelConfig:
     mlp_width: int
     attention: MechanismConfig = dataclasses.field(default_factory=NSA)
     dense_layers: tuple[int, ...] = ()
+    attention_overrides: tuple[tuple[int, MechanismConfig], ...] = ()
     rope: RopeConfig = dataclasses.field(default_factory=RopeConfig)
     value_width: int | None = None
     norm_epsilon: float = 1e-6
@@ -75,11 +79,18 @@ class ModelConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         _ = self.head_shape  # validates heads and widths
         self.rope.rotary_dims(self.head_width)
-        outside = [layer for layer in self.dense_layers if not 0 <= layer < self.layers]
+        special = [*self.dense_layers, *(layer for layer, _ in self.attention_overrides)]
+        outside = [layer for layer in special if not 0 <= layer < self.layers]
         if outside:
             raise ValueError(
-                f"dense_layers={self.dense_layers} names layers {outside}, but the model has "
-                f"layers 0 to {self.layers - 1}"
+                f"dense_layers={self.dense_layers} and attention_overrides name layers {outside}, "
+                f"but the model has layers 0 to {self.layers - 1}"
+            )
+        twice = sorted({layer for layer in special if special.count(layer) > 1})
+        if twice:
+            raise ValueError(
+                f"layers {twice} are named more than once in dense_layers={self.dense_layers} and "
+                "attention_overrides; name each in one of them"
             )
         if self.norm_epsilon <= 0:
             raise ValueError(f"norm_epsilon={self.norm_epsilon} must be positive")
@@ -106,7 +117,12 @@ class ModelConfig:
         """The mechanism config of one layer."""
         if layer in self.dense_layers:
             return Dense(implementation=getattr(self.attention, "implementation", "auto"))
-        return self.attention
+        return dict(self.attention_overrides).get(layer, self.attention)
+
+    @property
+    def alignment(self) -> int:
+        """Packed documents start at multiples of it: what all layers need."""
+        return math.lcm(*(run.attention.alignment for run in self.alike_runs))
 
     @property
     def alike_runs(self) -> tuple[Run, ...]:

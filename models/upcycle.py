@@ -1,15 +1,16 @@
-"""From a trained dense checkpoint to a sparse model that continues it.
+"""From a trained checkpoint to a model with other attention that continues it.
 
-Everything the two models share is copied. The one K and V projection of a dense layer becomes the
-R branches of the sparse one (copies), and the mechanism starts as close to dense attention as it
-can (``initialize_from_dense``; for NSA: compression is the mean, the window and selected branches
-are open).
+Everything the two models share is copied. Where a layer keeps its kind of mechanism, so are the
+mechanism's parameters; where it changes, the one K and V projection of the old layer becomes the R
+branches of the new one (copies), and the mechanism starts as close to dense attention as it can
+(``initialize_from_dense``; for NSA: compression is the mean, the window and selected branches are
+open). Mechanisms without parameters - InfLLM-V2, the policies - continue any model with one K/V
+branch exactly as it is.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,43 +21,76 @@ from models.config import ModelConfig
 from models.transformer import Decoder, Tree, abstract, merge, split
 
 _BRANCHED = ("k", "v", "k_bias", "v_bias")
+# What may differ between a model and its continuation: attention, and how it is computed.
+_FREE = (
+    "attention",
+    "dense_layers",
+    "attention_overrides",
+    "rope",
+    "scan_layers",
+    "remat",
+    "compute_dtype",
+    "param_dtype",
+)
 
 
 def upcycle(
     params: Tree,
     config: ModelConfig,
-    attention: Any,
+    target: ModelConfig,
     *,
-    dense_layers: tuple[int, ...] = (),
     rngs: nnx.Rngs,
+    state: Tree | None = None,
 ) -> Decoder:
-    """The sparse decoder that continues a dense one.
+    """The decoder with ``target`` that continues one with ``config``.
 
-    ``params``: of a decoder with ``config`` (:func:`models.transformer.split`), whose layers all
-    have one K/V branch. ``attention``: the config of the sparse mechanism, used in every layer but
-    ``dense_layers``. The result has ``config`` with those two replaced. ``rngs`` draws what the
-    dense model does not have.
+    Args:
+      params: of the trained decoder (:func:`models.transformer.split`).
+      config: its configuration.
+      target: the wanted one; attention, RoPE scaling, dtypes and grouping of layers may differ.
+      rngs: draws what the trained decoder does not have.
+      state: the trained decoder's other variables, if it has any.
 
     Raises:
-      ValueError: if ``params`` are not those of ``config``, or a layer of it is not dense.
+      ValueError: if ``params`` are not those of ``config``, ``target`` has other sizes, or a layer
+        would have to turn several K/V branches into fewer.
     """
-    branches = {run.attention.kv_branches for run in config.alike_runs}
-    if branches != {1}:
+    different = [
+        f"{field.name}: {getattr(config, field.name)!r} -> {getattr(target, field.name)!r}"
+        for field in dataclasses.fields(config)
+        if field.name not in _FREE and getattr(config, field.name) != getattr(target, field.name)
+    ]
+    if different:
         raise ValueError(
-            f"upcycling starts from layers with one K/V branch, this config has {sorted(branches)}"
+            f"a model of other sizes cannot be continued: {'; '.join(different)}; only attention, "
+            "rope, dtypes and the grouping of layers may change"
         )
-    graphdef, expected, state = abstract(config)
+    graphdef, expected, expected_state = abstract(config)
     _check_params(params, expected)
-    source = split(merge(graphdef, params, _zeros(state)).unstacked())[1]
-    target_config = dataclasses.replace(config, attention=attention, dense_layers=dense_layers)
-    target = Decoder(dataclasses.replace(target_config, scan_layers=False), rngs=rngs)
-    for layer in target.layers.values():
-        initialize = getattr(layer.attention.mechanism, "initialize_from_dense", None)
-        if initialize is not None:
-            initialize()
-    target_graphdef, target_params, target_state = split(target)
-    decoder = merge(target_graphdef, _overlay(target_params, source), target_state)
-    return decoder.stacked() if config.scan_layers else decoder
+    if state is None:
+        state = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), expected_state)
+    source = merge(graphdef, params, state).unstacked()
+    decoder = Decoder(dataclasses.replace(target, scan_layers=False), rngs=rngs)
+    for layer in range(target.layers):
+        old, new = config.layer_attention(layer), target.layer_attention(layer)
+        if old.kv_branches not in (1, new.kv_branches):
+            raise ValueError(
+                f"layer {layer}: {old.kv_branches} K/V branches of {type(old).__name__} cannot "
+                f"become the {new.kv_branches} of {type(new).__name__}; start from a model with "
+                "one K/V branch, or keep the mechanism"
+            )
+        mechanism = decoder.layers[str(layer)].attention.mechanism
+        if type(old) is type(new):
+            kept = nnx.state(source.layers[str(layer)].attention.mechanism)
+            _check_mechanism(layer, kept, nnx.state(mechanism))
+            nnx.update(mechanism, kept)
+        elif hasattr(mechanism, "initialize_from_dense"):
+            mechanism.initialize_from_dense()
+    target_graphdef, target_params, target_state = split(decoder)
+    wanted = _overlay(target_params, split(source)[1])
+    dtypes = jax.tree.map(lambda new, like: new.astype(like.dtype), wanted, target_params)
+    decoder = merge(target_graphdef, dtypes, target_state)
+    return decoder.stacked() if target.scan_layers else decoder
 
 
 def _overlay(target: Tree, source: Tree) -> Tree:
@@ -75,12 +109,18 @@ def _overlay(target: Tree, source: Tree) -> Tree:
 
 
 def _repeat(one: Array, like: Array) -> Array:
-    """[1, ...] -> [R, ...], copies (each branch is trained on its own)."""
-    return jnp.repeat(one, like.shape[0], axis=0)
+    """[1, ...] -> [R, ...], copies (each branch is trained on its own); [R, ...] stays."""
+    return jnp.repeat(one, like.shape[0] // one.shape[0], axis=0)
 
 
-def _zeros(tree: Tree) -> Tree:
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree)
+def _check_mechanism(layer: int, kept: nnx.State, wanted: nnx.State) -> None:
+    old, new = (nnx.to_pure_dict(state) for state in (kept, wanted))
+    if jax.tree.map(jnp.shape, old) != jax.tree.map(jnp.shape, new):
+        raise ValueError(
+            f"layer {layer}: the mechanism keeps its kind, but its parameters change shape: "
+            f"{jax.tree.map(jnp.shape, old)} -> {jax.tree.map(jnp.shape, new)}; keep the sizes "
+            "that its parameters depend on"
+        )
 
 
 def _check_params(params: Tree, expected: Tree) -> None:

@@ -75,6 +75,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--decode-lengths", type=lengths, help="default: --lengths and 65536")
     add("--directions", type=names, default=(*DIRECTIONS, "decode"))
     add("--picks", type=names, default=("replaced", "uniform"), help="of replaced,uniform")
+    add("--mechanisms", type=names, default=("nsa",), help="whole modules: nsa,infllm_v2,hash,...")
     add("--checkpoint", help="run folder of a trained NSA model: adds picks=checkpoint")
     add("--implementation", default="auto", help="of the sparse side")
     add("--selected-blocks", type=int, default=16)
@@ -92,6 +93,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     unknown = set(options.picks) - {"replaced", "uniform"}
     if unknown:
         parser.error(f"--picks {','.join(sorted(unknown))}: choose from replaced,uniform")
+    if not options.mechanisms:
+        parser.error("--mechanisms names none")
     unknown = set(options.directions) - {*DIRECTIONS, "decode"}
     if unknown:
         parser.error(
@@ -139,6 +142,15 @@ def nsa_config(options: argparse.Namespace) -> Any:
     )
 
 
+def mechanism_config(name: str, options: argparse.Namespace) -> Any:
+    """NSA with the sizes of the command line; the others as their papers have them."""
+    from sparse_attn import MECHANISMS
+
+    if name == "nsa":
+        return nsa_config(options)
+    return dataclasses.replace(MECHANISMS[name](), implementation=options.implementation)
+
+
 def training_sides(
     options: argparse.Namespace, length: int, direction: str
 ) -> Iterable[Callable[[], Side]]:
@@ -149,7 +161,12 @@ def training_sides(
 
     config = nsa_config(options)
     yield lambda: sides.module_side(Dense(), length, 0.0, None, direction, TILE)
-    for picks in options.picks:
+    for name in options.mechanisms:
+        if name != "nsa":
+            yield lambda name=name: sides.module_side(
+                mechanism_config(name, options), length, 0.0, None, direction, TILE
+            )
+    for picks in options.picks if "nsa" in options.mechanisms else ():
         memory = sides.memory_for(config, 0.05, min(length, 4096)) if picks == "replaced" else 0.0
         yield lambda picks=picks, memory=memory: sides.module_side(
             config, length, memory, picks, direction, TILE
@@ -178,11 +195,12 @@ def decode_sides(options: argparse.Namespace, length: int) -> Iterable[Callable[
     for name in sides.DENSE_DECODE:
         yield lambda name=name: sides.dense_decode_side(length, name)
     yield lambda: sides.module_decode_side(Dense(), length)
-    for picks in options.picks:
+    for picks in options.picks if "nsa" in options.mechanisms else ():
         yield lambda picks=picks: sides.gather_decode_side(
             config, length, make_picks(options, picks, length), picks
         )
-    yield lambda: sides.module_decode_side(config, length)
+    for name in options.mechanisms:
+        yield lambda name=name: sides.module_decode_side(mechanism_config(name, options), length)
 
 
 def make_picks(options: argparse.Namespace, picks: str, length: int) -> Any:
@@ -409,4 +427,8 @@ def peak_rss_bytes() -> int:
 
 
 if __name__ == "__main__":
+    if "GLIBC_TUNABLES" not in os.environ:
+        # Large pages for every side: a decode step touches blocks all over its cache.
+        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+        os.execv(sys.executable, [sys.executable, *sys.argv])
     sys.exit(main())

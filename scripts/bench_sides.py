@@ -21,10 +21,10 @@ from flax import nnx
 from jaxtyping import Array
 
 from kernels_pallas.block_sparse import block_sparse_attention
-from kernels_pallas.gather_decode import gather_decode
+from kernels_pallas.gather_decode import gather_blocks
 from kernels_pallas.ranged import ranged_attention
 from models.rope import RopeConfig, make_rope
-from sparse_attn import NSA, Dense
+from sparse_attn import MECHANISMS, NSA, Dense, MechanismConfig
 from sparse_attn.registry import build_mechanism
 from sparse_attn.types import Heads, HeadShape
 
@@ -118,21 +118,27 @@ def selected_branch_side(
 
 
 def module_side(
-    config: NSA | Dense, length: int, memory: float, picks: str | None, direction: str, tile: int
+    config: MechanismConfig,
+    length: int,
+    memory: float,
+    picks: str | None,
+    direction: str,
+    tile: int,
 ) -> Side:
     """A whole mechanism from un-rotated heads to its output: rotation, selection, gates, all."""
-    graph, parameters = nnx.split(build_mechanism(config, SHAPE, rngs=nnx.Rngs(0)))
+    module = build_mechanism(config, SHAPE, rngs=nnx.Rngs(0))
+    graph, parameters, variables = nnx.split(module, nnx.Param, ...)
     inputs = module_inputs(config, length, memory)
 
     def attend(parameters: Any, q: Array, k: Array, v: Array, x: Array) -> Array:
-        module = nnx.merge(graph, parameters)
+        module = nnx.merge(graph, parameters, variables)
         return module(Heads(q=q, k=k, v=v, x=x, rope=make_rope(ROPE, SHAPE.head_width)))[0]
 
     call, temp_bytes = _directed(attend, direction, (parameters, *inputs))
     found = None if picks is None else own_picks(config, length, memory)
     known = columns(
         op="module",
-        mechanism=type(config).__name__.lower(),
+        mechanism=mechanism_name(config),
         picks=picks,
         union_ratio=None if found is None else union_ratio(found, tile),
         implementation=config.implementation,
@@ -143,7 +149,7 @@ def module_side(
     return Side(known, lambda: timed(call))
 
 
-def module_inputs(config: NSA | Dense, length: int, memory: float) -> tuple[Array, ...]:
+def module_inputs(config: MechanismConfig, length: int, memory: float) -> tuple[Array, ...]:
     """q, k, v (with the branch axis R) and the layer input."""
     keys = (config.kv_branches, 1, length, SHAPE.kv_heads, SHAPE.head_width)
     x = normal((1, length, SHAPE.model_width), 4)
@@ -273,19 +279,21 @@ def dense_decode_side(length: int, name: str) -> Side:
 
 
 def gather_decode_side(config: NSA, length: int, indices: np.ndarray, picks: str) -> Side:
-    """``gather_decode`` for the last query, with the picks of ``STEPS`` consecutive tokens."""
+    """``gather_blocks`` for the last query, with the picks of ``STEPS`` consecutive tokens."""
     q, k, v = qkv(length)
+    size = config.selection_block
+    k = k.reshape(1, -1, size, *k.shape[2:]).transpose(0, 3, 1, 4, 2)
+    v = v.reshape(1, -1, size, *v.shape[2:]).transpose(0, 3, 1, 2, 4)
     lists = jnp.asarray(indices[:, -STEPS:].swapaxes(0, 1)[:, :, None])  # [STEPS, B, 1, K, P]
     last = jnp.full((1, 1), length - 1, jnp.int32)
 
     def steps(q: Array, k: Array, v: Array, lists: Array) -> Array:
         def attend(i: Array, q: Array) -> Array:
-            return gather_decode(
+            return gather_blocks(
                 q,
                 k,
                 v,
                 jax.lax.dynamic_index_in_dim(lists, i % len(lists), keepdims=False),
-                block_size=config.selection_block,
                 positions=last,
                 implementation=config.implementation,
             ).out
@@ -306,16 +314,14 @@ def gather_decode_side(config: NSA, length: int, indices: np.ndarray, picks: str
     return Side(known, _steps(lambda: compiled(q[:, :1], k, v, lists)))
 
 
-def module_decode_side(config: NSA | Dense, length: int) -> Side:
+def module_decode_side(config: MechanismConfig, length: int) -> Side:
     """Whole steps of a mechanism on a cache that holds ``length`` tokens, the cache in place."""
     module = build_mechanism(config, SHAPE, rngs=nnx.Rngs(0))
     graph, parameters = nnx.split(module)
     q, k, v, x = module_inputs(config, STEPS, 0.0)
     # Noise in place of a prefill, which would take longer than everything else together.
     empty = module.init_cache(1, length + STEPS, jnp.float32)
-    cache = jax.tree.map(
-        lambda leaf: normal(leaf.shape, 6) if leaf.dtype == jnp.float32 else leaf, empty
-    )
+    cache = jax.tree.map(noise, empty)
     full = np.full((1,), length, np.int32)
 
     def steps(parameters: Any, cache: Any, q: Array, k: Array, v: Array, x: Array) -> Any:
@@ -358,15 +364,31 @@ def module_decode_side(config: NSA | Dense, length: int) -> Side:
 
     known = columns(
         op="module",
-        mechanism=type(config).__name__.lower(),
+        mechanism=mechanism_name(config),
         picks=None if isinstance(config, Dense) else "own",
         implementation=config.implementation,
         direction="decode",
         length=length,
         temp_bytes=temp_bytes,
-        byte_ceiling=length / tokens_read(config, length),
+        byte_ceiling=length / tokens_read(config, length)
+        if isinstance(config, NSA | Dense)
+        else None,
     )
     return Side(known, repeat)
+
+
+def noise(leaf: Array) -> Array:
+    """Random numbers or codes in the leaf's shape; positions and lengths stay."""
+    if leaf.dtype == jnp.float32:
+        return normal(leaf.shape, 6)
+    if leaf.dtype == jnp.uint32:
+        return jax.random.bits(jax.random.key(6), leaf.shape, jnp.uint32)
+    return leaf
+
+
+def mechanism_name(config: MechanismConfig) -> str:
+    """The name the config is registered by."""
+    return next(name for name, kind in MECHANISMS.items() if kind is type(config))
 
 
 def tokens_read(config: NSA | Dense, length: int) -> int:

@@ -1,4 +1,4 @@
-"""Pieces of a decode cache: buffers that append per sequence, and rings of the latest tokens.
+"""Pieces of a decode cache: buffers that append per sequence, blocks, rings of the latest tokens.
 
 All capacities are static, every sequence has its own length, an append brings T >= 1 tokens of
 which each sequence may use fewer (right padding). Rings keep position p in slot p % size, so that
@@ -6,6 +6,8 @@ cutting a sequence back by up to the ring's slack needs nothing but a smaller le
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +30,35 @@ def write_rows(
     written = buffer.at[rows, target].set(chunk.astype(buffer.dtype), mode="drop")
     # Otherwise XLA fuses the write into every reader, each with a copy of the whole buffer.
     return jax.lax.optimization_barrier(written)
+
+
+def empty_blocks(
+    batch: int, capacity: int, kv_heads: int, block: int, widths: tuple[int, int], dtype: Any
+) -> tuple[Shaped[Array, "B K M H L"], Shaped[Array, "B K M L Hv"]]:
+    """Zeros for ``capacity`` tokens in whole blocks, in the layout of ``gather_blocks``."""
+    blocks = -(-capacity // block)
+    return (
+        jnp.zeros((batch, kv_heads, blocks, widths[0], block), dtype),
+        jnp.zeros((batch, kv_heads, blocks, block, widths[1]), dtype),
+    )
+
+
+def write_blocks(
+    k: Shaped[Array, "B K M H L"],
+    v: Shaped[Array, "B K M L Hv"],
+    new_k: Shaped[Array, "B T K H"],
+    new_v: Shaped[Array, "B T K Hv"],
+    rows: Rows,
+) -> tuple[Shaped[Array, "B K M H L"], Shaped[Array, "B K M L Hv"]]:
+    """Put the valid new tokens where they belong; everything else is left alone."""
+    blocks, block = v.shape[2:4]
+    sequence = jnp.broadcast_to(jnp.arange(k.shape[0])[:, None], rows.index.shape)
+    at = jnp.where(rows.valid, rows.index // block, blocks)
+    lane = rows.index % block
+    k = k.at[sequence, :, at, :, lane].set(new_k.astype(k.dtype), mode="drop")
+    v = v.at[sequence, :, at, lane].set(new_v.astype(v.dtype), mode="drop")
+    # As in write_rows.
+    return jax.lax.optimization_barrier((k, v))
 
 
 def write_ring(

@@ -114,7 +114,7 @@ def nsa_attention(
         sizes = {"block": config.compression_block, "stride": config.compression_stride}
         compressed = mean_compress(keys[0], **sizes), mean_compress(values[0], **sizes)
     scores = compressed_branch(config, q, *compressed, rows)
-    selected = selected_branch(config, q, keys[1], values[1], scores.indices, rows, decoding=False)
+    selected = selected_branch(config, q, keys[1], values[1], scores.indices, rows)
     window = window_branch(config, q, keys[2], values[2], rows)
     g_cmp, g_slc, g_win = jnp.split(gates, 3, axis=-1)
     return g_cmp * scores.out + g_slc * selected.out + g_win * window.out

@@ -31,9 +31,11 @@ from sparse_attn.cache import check_capacity
 from sparse_attn.compression import Compression, CompressionKind, entry_count, split_pieces
 from sparse_attn.documents import Rows, place_rows
 from sparse_attn.nsa_branches import (
+    GATHER_ROWS,
     compressed_branch,
     everything_branch,
     selected_branch,
+    selected_branch_cached,
     window_branch,
     window_branch_cached,
 )
@@ -132,6 +134,11 @@ class NSA(MechanismConfig):
     def kv_branches(self) -> int:
         """R: one K/V set for each branch, or one for all."""
         return 1 if self.shared_kv else 3
+
+    @property
+    def selector_parameters(self) -> tuple[str, ...]:
+        """The KL loss teaches the compression of keys and nothing else."""
+        return ("compress_k",)
 
     @property
     def pooling(self) -> Pooling:
@@ -240,6 +247,7 @@ class NSAAttention(nnx.Module):
             rollback=rollback,
             block=self.config.compression_block,
             stride=self.config.compression_stride,
+            selection_block=self.config.selection_block,
             window=self.config.window,
             dtype=dtype,
         )
@@ -302,14 +310,16 @@ class NSAAttention(nnx.Module):
             cache = self._append_compressed(cache, *raw, rows, heads.rope)
             cache = dataclasses.replace(cache, length=cache.length + rows.appended)
             k_cmp, v_cmp = (entries.astype(q.dtype) for entries in cache.compressed)
-            k_slc, v_slc = cache.k_slc.astype(q.dtype), cache.v_slc.astype(q.dtype)
+            if attend != "sparse" or inspect or tokens > GATHER_ROWS:
+                k_slc, v_slc = (x.astype(q.dtype) for x in cache.selected)
 
         scores = compressed_branch(config, q, k_cmp, v_cmp, rows)
         indices = checkpoint_name(scores.indices, "selection")
         if attend == "sparse":
-            selected = selected_branch(
-                config, q, k_slc, v_slc, indices, rows, decoding=cache is not None
-            )
+            if cache is not None and tokens <= GATHER_ROWS:
+                selected = selected_branch_cached(config, q, cache, indices, rows)
+            else:
+                selected = selected_branch(config, q, k_slc, v_slc, indices, rows)
             if config.selector_gradient == "straight_through" and cache is None:
                 selected = selector_gradient.straight_through(
                     selected, q, k_slc, v_slc, k_cmp, scores.lse, indices, rows, config

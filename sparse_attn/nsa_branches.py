@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from kernels_pallas.block_scores import BlockScores, block_scores
 from kernels_pallas.block_sparse import block_sparse_attention
-from kernels_pallas.gather_decode import gather_decode
+from kernels_pallas.gather_decode import gather_blocks
 from kernels_pallas.ranged import ranged_attention
 from sparse_attn.cache import read_ring, window_slots
 from sparse_attn.documents import Rows
@@ -60,17 +60,32 @@ def selected_branch(
     v: Float[Array, "B S K Hv"],
     indices: Int[Array, "B T K P"],
     rows: Rows,
-    *,
-    decoding: bool,
 ) -> AttentionOutput:
-    """o_slc: token-causal attention over the listed blocks; a few decoded rows gather them."""
-    op = gather_decode if decoding and q.shape[1] <= GATHER_ROWS else block_sparse_attention
-    return op(
+    """o_slc: token-causal attention over the listed blocks."""
+    return block_sparse_attention(
         q,
         k,
         v,
         indices,
         block_size=config.selection_block,
+        positions=rows.index,
+        implementation=config.implementation,
+    )
+
+
+def selected_branch_cached(
+    config: NSA,
+    q: Float[Array, "B T N H"],
+    cache: NSACache,
+    indices: Int[Array, "B T K P"],
+    rows: Rows,
+) -> AttentionOutput:
+    """o_slc of a few new tokens: the listed blocks are gathered from the cache."""
+    return gather_blocks(
+        q,
+        cache.k_slc,
+        cache.v_slc,
+        indices,
         positions=rows.index,
         implementation=config.implementation,
     )

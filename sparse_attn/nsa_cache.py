@@ -10,7 +10,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from sparse_attn.cache import checked_truncation, read_ring, write_ring, write_rows
+from kernels_pallas.gather_decode import as_tokens
+from sparse_attn.cache import (
+    checked_truncation,
+    empty_blocks,
+    read_ring,
+    write_blocks,
+    write_ring,
+)
 from sparse_attn.compression import entry_count
 from sparse_attn.documents import Rows
 from sparse_attn.types import HeadShape, Rope
@@ -24,15 +31,16 @@ ENTRY_MULTIPLE = 64
 class NSACache:
     """All keys are rotated, except the raw tail that waits for compression.
 
-    ``k_slc``/``v_slc`` [B, S, K, .]: every token. ``k_cmp`` [B, K, H, C], ``v_cmp`` [B, K, C, Hv]:
+    ``k_slc`` [B, K, M, H, L], ``v_slc`` [B, K, M, L, Hv]: every token, block by block, as
+    ``gather_blocks`` reads them. ``k_cmp`` [B, K, H, C], ``v_cmp`` [B, K, C, Hv]:
     compressed entries, laid out for the products of a decode step, which reads all of them.
     ``k_win``/``v_win``: rings of w + rollback tokens. ``k_tail``/``v_tail``: rings of the last
     l - 1 + rollback tokens of the compressed branch, with their rotary positions.
     """
 
     length: Int[Array, " B"]
-    k_slc: Float[Array, "B S K H"]
-    v_slc: Float[Array, "B S K Hv"]
+    k_slc: Float[Array, "B K M H L"]
+    v_slc: Float[Array, "B K M L Hv"]
     k_cmp: Float[Array, "B K H C"]
     v_cmp: Float[Array, "B K C Hv"]
     k_win: Float[Array, "B Rw K H"]
@@ -40,12 +48,13 @@ class NSACache:
     k_tail: Float[Array, "B Rt K H"]
     v_tail: Float[Array, "B Rt K Hv"]
     tail_positions: Int[Array, "B Rt"]
+    capacity: int = dataclasses.field(metadata={"static": True})
     rollback: int = dataclasses.field(metadata={"static": True})
 
     @property
-    def capacity(self) -> int:
-        """S, the tokens a sequence can hold."""
-        return self.k_slc.shape[1]
+    def selected(self) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K Hv"]]:
+        """Keys and values of the selected branch token by token; a copy."""
+        return as_tokens(self.k_slc, self.v_slc)
 
     @property
     def compressed(self) -> tuple[Float[Array, "B C K H"], Float[Array, "B C K Hv"]]:
@@ -70,6 +79,7 @@ def empty_cache(
     rollback: int,
     block: int,
     stride: int,
+    selection_block: int,
     window: int,
     dtype: Any,
 ) -> NSACache:
@@ -88,7 +98,14 @@ def empty_cache(
             jnp.zeros((*keys, shape.value_width), dtype),
         )
 
-    k_slc, v_slc = pair(capacity)
+    k_slc, v_slc = empty_blocks(
+        batch,
+        capacity,
+        shape.kv_heads,
+        selection_block,
+        (shape.head_width, shape.value_width),
+        dtype,
+    )
     entries = entry_count(capacity, block, stride)
     k_cmp, v_cmp = pair(max(1, -(-entries // ENTRY_MULTIPLE)) * ENTRY_MULTIPLE)
     k_win, v_win = pair(window + rollback)
@@ -105,17 +122,15 @@ def empty_cache(
         k_tail=k_tail,
         v_tail=v_tail,
         tail_positions=jnp.zeros((batch, tail), jnp.int32),
+        capacity=capacity,
         rollback=rollback,
     )
 
 
 def append_selected(cache: NSACache, k: Array, v: Array, rows: Rows) -> NSACache:
     """Write the new tokens' keys and values for the selected branch."""
-    return dataclasses.replace(
-        cache,
-        k_slc=write_rows(cache.k_slc, k, rows.index, rows.valid),
-        v_slc=write_rows(cache.v_slc, v, rows.index, rows.valid),
-    )
+    k_slc, v_slc = write_blocks(cache.k_slc, cache.v_slc, k, v, rows)
+    return dataclasses.replace(cache, k_slc=k_slc, v_slc=v_slc)
 
 
 def append_window(cache: NSACache, k: Array, v: Array, rows: Rows) -> NSACache:

@@ -42,6 +42,11 @@ class MechanismConfig:
         """Whether no row ever depends on a later token; generation refuses others."""
         return True
 
+    @property
+    def selector_parameters(self) -> tuple[str, ...] | None:
+        """The module's attributes that ``attend="fit"`` teaches; None: every parameter it has."""
+        return None
+
     def covering(self, length: int) -> Any:
         """The variant whose output equals dense attention for documents up to ``length`` tokens."""
         raise NotImplementedError(f"{type(self).__name__} does not say what covers {length} tokens")
@@ -58,6 +63,23 @@ class MechanismConfig:
         """
         del shape, element_bits
         return 0.0
+
+    def selector_bytes(self, shape: HeadShape, length: Any, element_bits: int = 16) -> Any:
+        """Bytes that the selector reads of one layer to choose for one token with ``length`` keys.
+
+        Over all heads, beside the K and V that are then attended; ``length`` is a number or an
+        array of them. By default everything that :meth:`auxiliary_bits` says is kept, once.
+        """
+        return self.auxiliary_bits(shape, element_bits) / 8 * length
+
+    def selector_flops(self, shape: HeadShape, length: Any) -> Any:
+        """Operations that the selector spends on one token with ``length`` keys, in one layer.
+
+        By default every number that the selector reads meets the G query heads of a group in one
+        multiplication and one addition.
+        """
+        numbers = self.selector_bytes(shape, length, element_bits=16) / 2
+        return 2 * shape.group * numbers
 
     @staticmethod
     def tiny() -> tuple[Any, ...]:

@@ -1,6 +1,8 @@
 """Random inputs and small helpers for tests of mechanisms."""
 
 import dataclasses
+import functools
+import os
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,9 @@ import numpy as np
 from flax import nnx
 
 from sparse_attn import Heads, HeadShape, build_mechanism, registered
+
+EXAMPLES = int(os.environ.get("PROPERTY_EXAMPLES", "4"))
+"""Drawn layouts and append patterns a config; shapes come from fixed buckets, compiled once."""
 
 SHAPES = {
     "G2": HeadShape(query_heads=4, kv_heads=2, head_width=8, value_width=8, model_width=16),
@@ -69,6 +74,23 @@ def cut(parts, start, stop):
     """Tokens [start, stop) of (q, k, v, x)."""
     q, k, v, x = parts
     return q[:, start:stop], k[:, :, start:stop], v[:, :, start:stop], x[:, start:stop]
+
+
+@functools.lru_cache(maxsize=4)
+def compiled_forward(config, shape, batch, tokens):
+    """``run(parts, segment_ids)`` in float64 for one shape, any layout."""
+    del batch, tokens  # they tell the programs apart
+    module = mechanism(config, shape)
+    return jax.jit(lambda parts, ids: module(as_heads(*parts), segment_ids=ids)[0])
+
+
+@functools.lru_cache(maxsize=4)
+def compiled_step(config, shape, batch, capacity, chunk):
+    """``(step(parts, cache, segment_ids) -> out, cache, an empty cache)`` in float64."""
+    del chunk
+    module = mechanism(config, shape)
+    step = jax.jit(lambda parts, cache, ids: module(as_heads(*parts), cache, segment_ids=ids)[:2])
+    return step, module.init_cache(batch, capacity, jnp.float64)
 
 
 def call(module, parts, **options):

@@ -7,10 +7,19 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Almost all test time is compilation of tiny programs; what they compute does not depend on this.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
+import hypothesis
 import jax
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Examples share one compilation, which the first of them waits for.
+hypothesis.settings.register_profile(
+    "shared",
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
 
 
 @pytest.fixture

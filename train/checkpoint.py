@@ -105,7 +105,7 @@ class Checkpoints:
             "format": _FORMAT,
             "step": step,
             "config": to_json(config),
-            "arrays": _describe(state),
+            "arrays": describe_arrays(state),
         }
         try:
             assert self._manager is not None, "opened read-only"
@@ -256,7 +256,7 @@ class Checkpoints:
             )
 
     def _prove(self, step: int, saved: dict[str, Any], state: Any) -> None:
-        for name, found in _describe(state).items():
+        for name, found in describe_arrays(state).items():
             if found != saved[name]:
                 raise self._damaged(step, f"the values of {name} are not those that were saved")
 
@@ -309,7 +309,7 @@ def _describe_shapes(tree: Any) -> dict[str, list[Any]]:
     }
 
 
-def _describe(tree: Any) -> dict[str, list[Any]]:
+def describe_arrays(tree: Any) -> dict[str, list[Any]]:
     """Shape, dtype and checksum of every array, by name."""
     sums = jax.device_get(_checksums(jax.tree.leaves(tree)))
     shapes = _describe_shapes(tree)

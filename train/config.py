@@ -192,6 +192,11 @@ class RunConfig:
       model: sizes of the decoder and its attention mechanism.
       run_dir: folder of the run: configuration, metrics, checkpoints, evaluation.
       seed: of the parameters and of the order of the text.
+      init_from: run folder of a trained model to start from instead of random parameters; its
+        attention may be another one (see ``models.upcycle``). Empty: none.
+      objective: "language_model" trains every parameter to predict the next token. "selector"
+        trains only what the mechanisms select by, towards dense attention (``attend="fit"``): the
+        language model stays as ``init_from`` left it, bit for bit.
       steps: optimizer updates in all.
       batch_size: rows of a step, over all devices and microbatches.
       sequence_length: tokens of a row.
@@ -213,6 +218,8 @@ class RunConfig:
     model: ModelConfig
     run_dir: str = "runs/default"
     seed: int = 0
+    init_from: str = ""
+    objective: Literal["language_model", "selector"] = "language_model"
     steps: int = 1000
     batch_size: int = 8
     sequence_length: int = 1024
@@ -243,7 +250,21 @@ class RunConfig:
                 f"batch_size={self.batch_size} is not a multiple of "
                 f"microbatches={self.microbatches}; every microbatch needs as many rows"
             )
-        alignment = self.model.attention.alignment
+        if self.objective not in ("language_model", "selector"):
+            raise ValueError(
+                f"objective={self.objective!r} is unknown; use 'language_model' or 'selector'"
+            )
+        if self.objective == "selector" and not self.init_from:
+            raise ValueError(
+                "objective='selector' fits selectors to a frozen, trained model: name its run "
+                "folder with --init-from"
+            )
+        if self.data.length_bins and self.data.length_bins[-1] > self.sequence_length:
+            raise ValueError(
+                f"data.length_bins={self.data.length_bins} ends above "
+                f"sequence_length={self.sequence_length}; no piece can be longer than a row"
+            )
+        alignment = self.model.alignment
         if self.sequence_length % alignment:
             raise ValueError(
                 f"sequence_length={self.sequence_length} is not a multiple of {alignment}, the "

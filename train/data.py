@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
 import logging
 import os
@@ -56,7 +57,10 @@ class DataConfig:
     of the document name into ``evaluation_fraction``, ``validation_fraction`` and the rest.
     ``text_key``: the field of a ``.jsonl`` object that holds the text. ``cache_dir``: tokenizers
     and encoded text; None means ``$XDG_CACHE_HOME/sparse-attn`` (``~/.cache/sparse-attn``).
-    ``prefetch``: batches prepared ahead by a thread, 0 for none.
+    ``prefetch``: batches prepared ahead by a thread, 0 for none. ``length_bins``: upper edges
+    (b_1, b_2, ...); training documents are cut into pieces so that every bin of lengths
+    (0, b_1], (b_1, b_2], ... holds about as many tokens: the mixture of short-to-long adaptation.
+    Empty: documents are cut only where they exceed a row.
     """
 
     source: str = "sotu"
@@ -67,6 +71,7 @@ class DataConfig:
     text_key: str = "text"
     cache_dir: str | None = None
     prefetch: int = 2
+    length_bins: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.source:
@@ -84,6 +89,9 @@ class DataConfig:
                 f"validation_fraction={self.validation_fraction} and evaluation_fraction="
                 f"{self.evaluation_fraction} leave nothing to train on"
             )
+        edges = (0, *self.length_bins)
+        if any(low >= high for low, high in itertools.pairwise(edges)):
+            raise ValueError(f"length_bins={self.length_bins} must be positive and ascending")
         if self.prefetch < 0:
             raise ValueError(f"prefetch={self.prefetch} must be at least 0")
 
@@ -205,6 +213,7 @@ class _PackedRows:
         batch_size: int = 1,
         process_index: int = 0,
         process_count: int = 1,
+        length_bins: tuple[int, ...] = (),
     ) -> None:
         self._encoded = encoded
         self._pad_id = pad_id
@@ -214,6 +223,7 @@ class _PackedRows:
         self._batch_size = batch_size
         self._local_batch = batch_size // process_count
         self._process_index = process_index
+        self._length_bins = length_bins
         self._ends: list[int] = []  # index of the first row after each epoch planned so far
         self._plans: dict[int, PackingPlan] = {}
         self._lock = threading.Lock()
@@ -254,6 +264,7 @@ class _PackedRows:
                     self._alignment,
                     seed=self._seed,
                     epoch=epoch,
+                    length_bins=self._length_bins,
                 )
             return self._plans[epoch]
 
@@ -362,8 +373,10 @@ def make_train_iterator(
         batch_size,
         process_index,
         process_count,
+        config.length_bins,
     )
-    settings = json.dumps([encoded.fingerprint, sequence_length, batch_size, alignment, seed])
+    values = [encoded.fingerprint, sequence_length, batch_size, alignment, seed]
+    settings = json.dumps([*values, *config.length_bins])
     fingerprint = hashlib.sha256(settings.encode()).hexdigest()[:32]
 
     def checked(batch: Batch) -> Batch:

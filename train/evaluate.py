@@ -2,10 +2,12 @@
 
 python -m train.evaluate --config configs/quickstart.py --checkpoint runs/quickstart
 python -m train.evaluate --checkpoint runs/quickstart --evaluation.windows 8
+python -m train.evaluate --checkpoint runs/quickstart-dense --policy quest:budget=64
 """
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import dataclasses
 import logging
@@ -21,6 +23,7 @@ import tyro
 from rich.console import Console
 from rich.markup import escape
 
+from sparse_attn import POLICIES, Dense, MechanismConfig
 from train.config import (
     TOKENIZER_FOLDER,
     ConfigError,
@@ -47,6 +50,9 @@ class Arguments:
     """The recipe it was trained with; without it, the configuration saved in the run folder."""
     checkpoint: Path | None = None
     """The run folder; by default the one that the recipe names."""
+    policy: str = ""
+    """Attend by a training-free policy instead, `NAME` or `NAME:FIELD=VALUE,...`; for models with
+    one K/V branch."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
         parsed = parse(arguments)
-        evaluate(parsed.run, parsed.checkpoint, console=Console())
+        evaluate(parsed.run, parsed.checkpoint, policy=parsed.policy, console=Console())
     except UserError as error:
         console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         return 2
@@ -98,8 +104,39 @@ def parse(arguments: Sequence[str]) -> Arguments:
         raise ConfigError(str(error)) from error
 
 
+def parse_policy(text: str) -> MechanismConfig:
+    """The policy that ``NAME`` or ``NAME:FIELD=VALUE,...`` describes.
+
+    Raises:
+      ConfigError: if the name or a field is unknown, or a value does not fit.
+    """
+    name, _, settings = text.partition(":")
+    if name not in POLICIES:
+        raise ConfigError(f"--policy {name!r} is no policy; known: {', '.join(POLICIES)}")
+    fields = [field.name for field in dataclasses.fields(POLICIES[name])]  # type: ignore[arg-type]
+    values = {}
+    for setting in filter(None, settings.split(",")):
+        field, equals, value = setting.partition("=")
+        if not equals or field not in fields:
+            raise ConfigError(
+                f"--policy {text!r}: {setting!r} must be FIELD=VALUE with one of {fields}"
+            )
+        try:
+            values[field] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            values[field] = value
+    try:
+        return POLICIES[name](**values)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"--policy {text!r}: {error}") from error
+
+
 def evaluate(
-    config: RunConfig, checkpoint: str | Path | None = None, *, console: Console | None = None
+    config: RunConfig,
+    checkpoint: str | Path | None = None,
+    *,
+    policy: str = "",
+    console: Console | None = None,
 ) -> Report:
     """Score the newest checkpoint of a run, print the table and write evaluation.json.
 
@@ -107,6 +144,8 @@ def evaluate(
       config: says what is scored (``config.evaluation``) and must agree with the trained run about
         model, tokenizer and data.
       checkpoint: the run folder; ``config.run_dir`` by default.
+      policy: attend by this training-free policy in the layers that are not kept dense, see
+        :func:`parse_policy`; evaluation-POLICY.json is written instead.
       console: where the table goes; None prints nothing.
 
     Raises:
@@ -114,8 +153,11 @@ def evaluate(
     """
     import jax
     import numpy as np
+    from flax import nnx
 
     from models.generate import generate
+    from models.transformer import split
+    from models.upcycle import upcycle
     from train.checkpoint import load_decoder
     from train.data import evaluation_documents, load_splits
     from train.evaluation.bytes_model import ByteModel
@@ -127,6 +169,14 @@ def evaluate(
     wanted = config.evaluation
     seconds: dict[str, float] = {}
     decoder, _, step = load_decoder(run_dir)
+    if policy:
+        model = dataclasses.replace(
+            config.model, attention=parse_policy(policy), attention_overrides=()
+        )
+        _, params, _ = split(decoder)
+        with _user_errors():
+            decoder = upcycle(params, decoder.config, model, rngs=nnx.Rngs(0))
+        config = dataclasses.replace(config, model=model)
     with _user_errors():
         tokenizer = load_tokenizer(run_dir / TOKENIZER_FOLDER)
         documents = evaluation_documents(
@@ -135,7 +185,7 @@ def evaluate(
     windows = make_windows(
         [document.tokens for document in documents],
         tokenizer.token_bytes,
-        config.model.attention.alignment,
+        config.model.alignment,
     )
     scored_bytes = int(tokenizer.token_bytes[windows.tokens[windows.scored]].sum())
     batches = windows.batches(min(wanted.batch_size, len(documents)))
@@ -189,7 +239,7 @@ def evaluate(
         tokens=int(windows.scored.sum()),
         bytes=scored_bytes,
         window=wanted.window,
-        mechanism=type(config.model.attention).__name__,
+        mechanism=policy or type(config.model.attention).__name__,
         step=step,
         protocol="C",
         prompt=wanted.prompt,
@@ -199,7 +249,7 @@ def evaluate(
         jax=jax.__version__,
     )
     try:
-        path = report.save(run_dir)
+        path = report.save(run_dir, f"-{policy.partition(':')[0]}" if policy else "")
     except OSError as error:
         raise UserError(
             f"the evaluation cannot be written into {run_dir}: {error.strerror}; make the folder "
@@ -219,7 +269,7 @@ def mean_density(config: RunConfig, lengths: Sequence[int], measured: float | No
     pairs = [length * (length + 1) / 2 for length in lengths]
     total = 0.0
     for run in config.model.runs:
-        if measured is not None and run.attention == config.model.attention:
+        if measured is not None and not isinstance(run.attention, Dense):
             density = measured
         else:
             known = [run.attention.density(length) for length in lengths]

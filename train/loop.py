@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+from flax import nnx
 from rich.console import Console
 
-from models.transformer import count_parameters
-from train.checkpoint import Checkpoints
+from models.transformer import count_parameters, split
+from models.upcycle import upcycle
+from train.checkpoint import Checkpoints, describe_arrays, load_decoder
 from train.config import (
     CONFIG_FILE,
     TOKENIZER_FOLDER,
@@ -37,8 +39,9 @@ from train.step import (
     make_state,
     make_train_step,
     place_state,
+    trained,
 )
-from train.tokenizer import load_tokenizer
+from train.tokenizer import Tokenizer, load_tokenizer
 
 
 class RunFolderError(UserError):
@@ -83,8 +86,12 @@ def train(
         stack.callback(checkpoints.close)
         state, first = start_state(config, placement, shapes, checkpoints, batches, console)
         save_run_config(config, config.run_dir)
-        parameters = count_parameters(state.params)
-        console.print(f"{parameters:,} parameters, {placement.mesh.size} device(s)")
+        parameters, learning = (
+            count_parameters(tree) for tree in (state.params, trained(config, state.params))
+        )
+        fixed = "" if learning == parameters else f", {learning:,} of them trained"
+        console.print(f"{parameters:,} parameters{fixed}, {placement.mesh.size} device(s)")
+        frozen = frozen_arrays(config, state)
 
         metrics_file = MetricsFile(config.run_dir, first)
         stack.callback(metrics_file.close)
@@ -131,6 +138,8 @@ def train(
         if pending is not None:
             report(*pending)
             save(step, state)
+        if frozen_arrays(config, state) != frozen:
+            raise RuntimeError("a weight of the frozen language model changed: this is a bug")
         checkpoints.wait()
 
     if step < config.steps:
@@ -170,6 +179,10 @@ def start_state(
     console: Console,
 ) -> tuple[TrainState, int]:
     """A fresh state, or the newest checkpoint's with the input put back to its place."""
+    if checkpoints.latest is None and config.init_from:
+        state, step = continued_state(config, placement)
+        console.print(f"new run in {config.run_dir}, from step {step} of {config.init_from}")
+        return state, 0
     if checkpoints.latest is None:
         console.print(f"new run in {config.run_dir}")
         return make_state(config, placement), 0
@@ -182,6 +195,38 @@ def start_state(
     return restored.state, restored.step
 
 
+def continued_state(config: RunConfig, placement: Placement) -> tuple[TrainState, int]:
+    """A fresh state with the weights of the run ``config.init_from``, and that run's last step.
+
+    Raises:
+      UserError: if that run has no usable checkpoint, or its model cannot become this one.
+    """
+    decoder, source, step = load_decoder(config.init_from)
+    _, params, state = split(decoder)
+    rngs = nnx.Rngs(jax.random.key(config.seed, impl="rbg"))
+    with user_errors():
+        continued = upcycle(params, source.model, config.model, rngs=rngs, state=state)
+    _, params, state = split(continued)
+    fresh = make_state(config, placement)
+    return (
+        dataclasses.replace(
+            fresh,
+            params=jax.device_put(params, placement.state.params),
+            state=jax.device_put(state, placement.state.state),
+        ),
+        step,
+    )
+
+
+def frozen_arrays(config: RunConfig, state: TrainState) -> dict[str, list[Any]]:
+    """Shape, dtype and checksum of every parameter that the objective leaves alone, by name."""
+    if config.objective == "language_model":
+        return {}
+    arrays = describe_arrays(state.params)
+    learning = describe_arrays(trained(config, state.params))
+    return {name: what for name, what in arrays.items() if name not in learning}
+
+
 def open_input(config: RunConfig, *, resumes: bool) -> TrainIterator:
     """Batches of the training split, encoded by the run's own tokenizer.
 
@@ -192,6 +237,9 @@ def open_input(config: RunConfig, *, resumes: bool) -> TrainIterator:
     with user_errors():
         if resumes and folder.is_dir():
             tokenizer = load_tokenizer(folder)
+        elif config.init_from:
+            tokenizer = inherited_tokenizer(config)
+            tokenizer.save(folder)
         else:
             tokenizer = make_tokenizer(config.data, config.tokenizer)
             tokenizer.save(folder)
@@ -200,9 +248,24 @@ def open_input(config: RunConfig, *, resumes: bool) -> TrainIterator:
             tokenizer,
             config.sequence_length,
             config.batch_size,
-            config.model.attention.alignment,
+            config.model.alignment,
             config.seed,
         )
+
+
+def inherited_tokenizer(config: RunConfig) -> Tokenizer:
+    """The tokenizer that the weights of ``config.init_from`` were trained with.
+
+    Raises:
+      UserError: if there is no such run, or this run's configuration asks for another tokenizer.
+    """
+    theirs = load_run_config(config.init_from).tokenizer
+    if theirs != config.tokenizer:
+        raise UserError(
+            f"{config.init_from} was trained with {theirs}, this run asks for {config.tokenizer}; "
+            "its weights mean nothing under another tokenizer: use the same settings"
+        )
+    return load_tokenizer(Path(config.init_from) / TOKENIZER_FOLDER)
 
 
 def open_run_folder(config: RunConfig, *, resume_with_changes: bool) -> bool:

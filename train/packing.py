@@ -86,12 +86,42 @@ def cut_documents(
     return document, start, stop - start
 
 
+def cut_into_bins(
+    lengths: Int[np.ndarray, "documents"], bins: tuple[int, ...], rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Cut inputs into pieces so that every bin of piece lengths gets about as many tokens.
+
+    Bin i holds the lengths (bins[i-1], bins[i]]. Document by document, in a random order, the next
+    piece comes from the bin with the fewest tokens among those that the rest of the document can
+    fill, with a length drawn evenly from it; a rest shorter than that is a piece of its own.
+
+    Returns:
+      ``document``, ``start`` and ``length`` of every piece, int64, in document order.
+    """
+    edges = np.array([0, *bins], np.int64)
+    filled = np.zeros(len(bins), np.int64)
+    pieces: list[tuple[int, int, int]] = []
+    for document in rng.permutation(len(lengths)).tolist():
+        start, end = 0, int(lengths[document])
+        while start < end:
+            possible = max(int(np.searchsorted(edges[:-1], end - start, side="left")), 1)
+            chosen = int(np.argmin(filled[:possible]))
+            length = int(rng.integers(edges[chosen] + 1, edges[chosen + 1] + 1))
+            length = min(length, end - start)
+            filled[int(np.searchsorted(edges[1:], length, side="left"))] += length
+            pieces.append((document, start, length))
+            start += length
+    document, start, length = np.array(sorted(pieces), np.int64).T
+    return document, start, length
+
+
 def plan_packing(
     lengths: Int[np.ndarray, "documents"],
     sequence_length: int,
     alignment: int = 1,
     seed: int = 0,
     epoch: int = 0,
+    length_bins: tuple[int, ...] = (),
 ) -> PackingPlan:
     """Place every input of every document once, best fit first, in a seeded order.
 
@@ -106,6 +136,8 @@ def plan_packing(
       alignment: segments start at multiples of it.
       seed: any integer >= 0.
       epoch: any integer >= 0.
+      length_bins: ascending upper edges of piece lengths that share the tokens evenly
+        (:func:`cut_into_bins`); none: documents are cut only where they exceed a row.
 
     Raises:
       ValueError: if a length is negative, there is nothing to place, or ``sequence_length`` is not
@@ -117,14 +149,19 @@ def plan_packing(
             f"sequence_length={sequence_length} is not a positive multiple of "
             f"alignment={alignment}; segments start at multiples of the attention block"
         )
+    if length_bins and length_bins[-1] > sequence_length:
+        raise ValueError(f"{length_bins=} ends above {sequence_length=}, the length of a row")
     if lengths.ndim != 1 or (lengths < 0).any():
         raise ValueError(f"document lengths must be a list of numbers >= 0, got {lengths}")
     if not lengths.sum():
         raise ValueError(f"{len(lengths)} documents hold no input token; nothing to pack")
     rng = np.random.default_rng([seed, epoch])
-    document, start, length = cut_documents(
-        lengths, sequence_length, alignment, rng if epoch else None
-    )
+    if length_bins:
+        document, start, length = cut_into_bins(lengths, length_bins, rng)
+    else:
+        document, start, length = cut_documents(
+            lengths, sequence_length, alignment, rng if epoch else None
+        )
     shuffled = rng.permutation(len(length))
     order = shuffled[np.argsort(-length[shuffled], kind="stable")]
     row = np.empty(len(length), np.int64)

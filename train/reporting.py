@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -32,30 +33,48 @@ class MetricsFile:
 
     Opening it for a run that goes on from ``step`` drops the lines of later steps (they will be
     written again) and a line cut short by a killed process.
+
+    Raises:
+      UserError: by every method, if the file cannot be written (a full disk, say).
     """
 
     def __init__(self, run_dir: str | Path, step: int) -> None:
         self.path = Path(run_dir) / METRICS_FILE
         kept = [json.dumps(row) + "\n" for row in read_metrics(run_dir) if row["step"] <= step]
         temporary = self.path.with_suffix(".partial")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        temporary.replace(self.path)
-        self._file: TextIO = self.path.open("a", encoding="utf-8")
+        with self._writing():
+            temporary.write_text("".join(kept), encoding="utf-8")
+            temporary.replace(self.path)
+            self._file: TextIO = self.path.open("a", encoding="utf-8")
 
     def write(self, row: dict[str, float]) -> None:
         """Append one line (not finite: null); it survives the process being killed."""
         finite = {key: value if math.isfinite(value) else None for key, value in row.items()}
-        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
-        self._file.flush()
+        with self._writing():
+            self._file.write(json.dumps(finite, allow_nan=False) + "\n")
+            self._file.flush()
 
     def sync(self) -> None:
         """Make sure of the lines on disk before a checkpoint relies on them."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with self._writing():
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file; lines that could not be written were reported before."""
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{self.path} cannot be written ({error.strerror or error}); free space or make "
+                "the folder writable, and run the same command again: it goes on from the last "
+                "checkpoint"
+            ) from error
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:

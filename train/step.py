@@ -12,7 +12,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from models.transformer import Decoder, abstract, merge, split
+from models.transformer import Decoder, Tree, abstract, merge, split
 from train.config import RunConfig
 from train.optimizer import learning_rate_schedule, make_optimizer
 from train.sharding import Placement, abstract_with, batch_sharding, tree_shardings
@@ -35,8 +35,10 @@ BATCH_DTYPES = {
 class TrainState:
     """Everything that changes from step to step, as a pytree.
 
-    ``step`` (int32) counts finished updates. ``params`` are trained, ``state`` are the mechanisms'
-    other variables, ``rng`` is the run's key: randomness of step s comes from ``fold_in(rng, s)``.
+    ``step`` (int32) counts finished updates. ``params`` are all parameters, ``state`` are the
+    mechanisms' other variables, ``opt_state`` belongs to the parameters that are trained
+    (:func:`trained`), ``rng`` is the run's key: randomness of step s comes from
+    ``fold_in(rng, s)``.
     """
 
     step: Int[Array, ""]
@@ -85,6 +87,46 @@ def next_token_loss(
     return jax.lax.scan(add, zero, (cut(hidden), cut(targets), cut(weights)))[0]
 
 
+def trained(config: RunConfig, params: Tree) -> Tree:
+    """The part of ``params`` that the run's objective trains, as a smaller tree.
+
+    Raises:
+      ValueError: if there is nothing to train.
+    """
+    if config.objective == "language_model":
+        return params
+
+    layers = {}
+    for run in config.model.runs:
+        mechanism = params["layers"][run.name]["attention"].get("mechanism", {})
+        names = run.attention.selector_parameters
+        learning = {
+            name: tree for name, tree in mechanism.items() if names is None or name in names
+        }
+        if learning:
+            layers[run.name] = {"attention": {"mechanism": learning}}
+    part = {"layers": layers} if layers else {}
+    if not part:
+        raise ValueError(
+            f"objective='selector' has nothing to train: {type(config.model.attention).__name__} "
+            "has no parameters of its own; choose a mechanism that learns what to select (hash, "
+            "seer, dsa, nsa)"
+        )
+    return part
+
+
+def with_trained(params: Tree, part: Tree) -> Tree:
+    """``params`` with the leaves of ``part`` (from :func:`trained`) in place of its own."""
+    return {
+        name: value
+        if name not in part
+        else with_trained(value, part[name])
+        if isinstance(value, dict)
+        else part[name]
+        for name, value in params.items()
+    }
+
+
 def initial_state(config: RunConfig, seed: Int[Array, ""]) -> TrainState:
     """A fresh state: parameters drawn from ``seed``, moments at zero.
 
@@ -93,7 +135,7 @@ def initial_state(config: RunConfig, seed: Int[Array, ""]) -> TrainState:
     """
     params_key, run_key = jax.random.key(seed, impl="rbg"), jax.random.key(seed)
     _, params, state = split(Decoder(config.model, rngs=nnx.Rngs(params_key)))
-    opt_state = make_optimizer(config.optimizer, config.steps).init(params)
+    opt_state = make_optimizer(config.optimizer, config.steps).init(trained(config, params))
     return TrainState(jnp.zeros((), jnp.int32), params, state, opt_state, run_key)
 
 
@@ -124,16 +166,33 @@ def make_train_step(config: RunConfig, placement: Placement) -> jax.stages.Wrapp
 
     loss = sum_bt w_bt nll_bt / sum_bt w_bt + mean over microbatches of the auxiliary loss. Metrics
     (float32 scalars): ``loss`` (without the auxiliary one), ``grad_norm`` (before clipping),
-    ``learning_rate``, ``tokens``, and what the mechanisms report.
+    ``learning_rate``, ``tokens``, and what the mechanisms report. With the objective "selector" the
+    loss is the auxiliary one alone, of ``attend="fit"``, and nothing but the mechanisms'
+    parameters is differentiated or changed.
     """
     graphdef, _, _ = abstract(config.model)
     optimizer = make_optimizer(config.optimizer, config.steps)
     schedule = learning_rate_schedule(config.optimizer, config.steps)
 
-    def loss_of(
-        params: Any, state: Any, batch: Batch, tokens: Array
+    def fit_loss(
+        part: Any, params: Any, state: Any, batch: Batch, tokens: Array
     ) -> tuple[Array, tuple[Array, Array, Metrics, dict[str, Array]]]:
-        decoder = merge(graphdef, params, state)
+        del tokens
+        decoder = merge(graphdef, with_trained(params, part), state)
+        aux = decoder.hidden(
+            batch["tokens"],
+            positions=batch["positions"],
+            segment_ids=batch["segment_ids"],
+            attend="fit",
+        ).aux
+        loss = aux.loss / config.microbatches
+        metrics = {name: value / config.microbatches for name, value in aux.metrics.items()}
+        return loss, (loss, loss, metrics, aux.statistics)
+
+    def language_model_loss(
+        part: Any, params: Any, state: Any, batch: Batch, tokens: Array
+    ) -> tuple[Array, tuple[Array, Array, Metrics, dict[str, Array]]]:
+        decoder = merge(graphdef, with_trained(params, part), state)
         output = decoder.hidden(
             batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"]
         )
@@ -152,29 +211,33 @@ def make_train_step(config: RunConfig, placement: Placement) -> jax.stages.Wrapp
     def gradients(state: TrainState, batch: Batch) -> tuple[Any, Any]:
         """Sums over microbatches of the gradients and of what the loss reports."""
         tokens = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
-        grad = jax.grad(loss_of, has_aux=True)
+        grad = jax.grad(
+            fit_loss if config.objective == "selector" else language_model_loss, has_aux=True
+        )
+        part = trained(config, state.params)
         if config.microbatches == 1:
-            return grad(state.params, state.state, batch, tokens)
+            return grad(part, state.params, state.state, batch, tokens)
         # Rows are dealt out in turn, so that every device keeps its own.
-        parts = jax.tree.map(
+        batches = jax.tree.map(
             lambda a: jnp.moveaxis(a.reshape(-1, config.microbatches, *a.shape[1:]), 1, 0), batch
         )
 
-        def one(part: Batch) -> tuple[Any, Any]:
-            return grad(state.params, state.state, part, tokens)
+        def one(batch: Batch) -> tuple[Any, Any]:
+            return grad(part, state.params, state.state, batch, tokens)
 
-        shapes = jax.eval_shape(one, jax.tree.map(lambda a: a[0], parts))
+        shapes = jax.eval_shape(one, jax.tree.map(lambda a: a[0], batches))
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
-        def add(total: Any, part: Batch) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, one(part)), None
+        def add(total: Any, batch: Batch) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, one(batch)), None
 
-        return jax.lax.scan(add, zeros, parts)[0]
+        return jax.lax.scan(add, zeros, batches)[0]
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         grads, (loss, aux_loss, reported, statistics) = gradients(state, batch)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        part = trained(config, state.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, part)
+        params = with_trained(state.params, optax.apply_updates(part, updates))
         rest = state.state
         if statistics:
             decoder = merge(graphdef, params, rest)

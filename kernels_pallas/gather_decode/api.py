@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import jax
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.block_sparse.api import check_arguments
 from kernels_pallas.common import AttentionOutput, Implementation, dispatch
 from kernels_pallas.gather_decode import reference, xla
+from kernels_pallas.gather_decode.blocked import (
+    as_tokens,
+    gather_blocks_reference,
+    gather_blocks_xla,
+)
 
-__all__ = ["gather_decode"]
+__all__ = ["gather_blocks", "gather_decode"]
 
 _BACKENDS = {
     "reference": reference.gather_decode,
     "xla": xla.gather_decode,
 }
+_BLOCKED_BACKENDS = {"reference": gather_blocks_reference, "xla": gather_blocks_xla}
 
 
 def gather_decode(
@@ -54,6 +61,51 @@ def gather_decode(
         v,
         indices,
         block_size=block_size,
+        positions=positions,
+        causal=causal,
+        scale=q.shape[3] ** -0.5 if scale is None else scale,
+    )
+
+
+def gather_blocks(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B K M H L"],
+    v: Float[Array, "B K M L Hv"],
+    indices: Int[Array, "B T J P"],
+    *,
+    positions: Int[Array, "B T"],
+    causal: bool = True,
+    scale: float | None = None,
+    implementation: Implementation = "auto",
+) -> AttentionOutput:
+    """:func:`gather_decode` from a blocked cache: M blocks of L tokens, keys transposed in each.
+
+    Key s of head h is ``k[:, h, s // L, :, s % L]``, its value ``v[:, h, s // L, s % L]``. Blocks
+    are contiguous in memory, which makes gathering them about twice as fast on CPUs as from
+    [B, S, K, H]. Unlike there, slots that nobody sees must hold finite numbers: a cache of zeros
+    into which valid tokens are written does.
+
+    Args and results as in :func:`gather_decode`; the block size is L.
+
+    Raises:
+      ValueError: for shapes, dtypes or sizes that contradict each other.
+      NotImplementedError: if the named backend cannot serve the call.
+    """
+    if k.ndim != 5 or v.ndim != 5 or k.shape[:3] != v.shape[:3] or k.shape[4] != v.shape[3]:
+        raise ValueError(
+            f"gather_blocks: k {k.shape} and v {v.shape} must be [B, K, M, H, L] and "
+            "[B, K, M, L, Hv]"
+        )
+    keys, values = jax.eval_shape(as_tokens, k, v)
+    check_arguments("gather_blocks", q, keys, values, indices, positions, k.shape[4])
+    return dispatch(
+        "gather_blocks",
+        implementation,
+        _BLOCKED_BACKENDS,
+        q,
+        k,
+        v,
+        indices,
         positions=positions,
         causal=causal,
         scale=q.shape[3] ** -0.5 if scale is None else scale,

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.gather_decode import gather_decode
+from kernels_pallas.gather_decode import as_tokens, gather_blocks, gather_decode
 
 
 def example(seed, *, J, T=3, S=22, N=4, K=2, L=4, P=3, dtype=jnp.float64):
@@ -92,6 +92,51 @@ def test_temporary_memory_does_not_grow_with_the_cache():
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert temporary_bytes(16384) == temporary_bytes(4096)
+
+
+def blocked(seed, *, J, L=4, M=6, **sizes):
+    """The arguments of ``example`` with keys and values in blocks, and token by token."""
+    q, k, v, indices, positions = example(seed, J=J, S=L * M, L=L, **sizes)
+    k_blocks = k.reshape(2, M, L, 2, -1).transpose(0, 3, 1, 4, 2)
+    v_blocks = v.reshape(2, M, L, 2, -1).transpose(0, 3, 1, 2, 4)
+    for a, b in zip(as_tokens(k_blocks, v_blocks), (k, v), strict=True):
+        np.testing.assert_array_equal(a, b)
+    return (q, k_blocks, v_blocks, indices, positions), (q, k, v, indices, positions)
+
+
+@pytest.mark.parametrize(("J", "causal"), [(1, True), (2, True), (4, False)])
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_blocks_give_what_tokens_give(x64, J, causal, implementation):
+    in_blocks, by_token = blocked(5, J=J)
+
+    def total(q, k, v):
+        output = gather_blocks(
+            q,
+            k,
+            v,
+            *in_blocks[3:4],
+            positions=in_blocks[4],
+            causal=causal,
+            implementation=implementation,
+        )
+        lse = jnp.where(jnp.isneginf(output.lse), 0.0, output.lse)
+        return jnp.sum(output.out**2) + jnp.sum(lse**2), output
+
+    gradients, output = jax.jit(jax.grad(total, argnums=(0, 1, 2), has_aux=True))(*in_blocks[:3])
+    expected, wanted = run("reference", *by_token, block_size=4, causal=causal)
+    np.testing.assert_allclose(output.out, expected.out, atol=1e-12)
+    np.testing.assert_allclose(output.lse, expected.lse, atol=1e-12)
+    np.testing.assert_allclose(gradients[0], wanted[0], atol=1e-11)
+    for a, b in zip(as_tokens(*gradients[1:]), wanted[1:], strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-11)
+
+
+def test_blocks_that_disagree_are_refused():
+    (q, k, v, indices, positions), _ = blocked(6, J=2, dtype=jnp.float32)
+    with pytest.raises(ValueError, match=r"must be \[B, K, M, H, L\]"):
+        gather_blocks(q, k, v[:, :, :, :3], indices, positions=positions)
+    with pytest.raises(ValueError, match="gather_blocks: query heads N=4"):
+        gather_blocks(q, k[:, [0, 1, 1]], v[:, [0, 1, 1]], indices, positions=positions)
 
 
 def test_errors_name_the_values():

@@ -327,6 +327,22 @@ def test_remat_saves_the_selection_and_little_else():
     assert len(residuals("selection")) < len(residuals("none")) / 2
 
 
+def test_remat_never_ranks_twice():
+    attention = dataclasses.replace(SPARSE, implementation="xla")
+    tokens = make_tokens(shape=(B, 64))
+
+    def rankings(remat):
+        graphdef, params, state = abstract(tiny(attention=attention, remat=remat, layers=1))
+
+        def loss(params):
+            return jnp.mean(merge(graphdef, params, state)(tokens).logits)
+
+        return str(jax.make_jaxpr(jax.grad(loss))(params)).count(" top_k[")
+
+    assert rankings("none") == rankings("selection") > 0
+    assert rankings("full") == 2 * rankings("none")
+
+
 def test_packed_documents_equal_documents_alone():
     decoder = make(tiny(attention=SPARSE, dense_layers=(0,)))
     first, second = make_tokens(3, (11,)), make_tokens(4, (8,))
@@ -417,7 +433,9 @@ def test_aux_adds_losses_averages_metrics_and_stacks_statistics(monkeypatch):
         ({"query_heads": 5}, "query_heads=5 is not a multiple of kv_heads=2"),
         ({"head_width": 7}, "head_width=7 with rotary_fraction=1.0 leaves 7 dims, an odd number"),
         ({"layers": 0}, "layers=0 must be at least 1"),
-        ({"dense_layers": (0, 2)}, r"names layers \[2\], but the model has layers 0 to 1"),
+        ({"dense_layers": (0, 2)}, r"name layers \[2\], but the model has layers 0 to 1"),
+        ({"attention_overrides": ((5, DENSE),)}, r"name layers \[5\]"),
+        ({"dense_layers": (1,), "attention_overrides": ((1, SPARSE),)}, r"layers \[1\] are named"),
         ({"remat": "some"}, "remat='some' is unknown; use one of"),
         ({"compute_dtype": "float16"}, "compute_dtype='float16' is unknown"),
         ({"norm_epsilon": 0.0}, "norm_epsilon=0.0 must be positive"),

@@ -28,6 +28,12 @@ CONFIG = ModelConfig(
     query_key_norm=True,
 )
 T = 24
+
+
+def continued(attention, **changes):
+    return dataclasses.replace(CONFIG, attention=attention, **changes)
+
+
 TOKENS = jax.random.randint(jax.random.key(1), (2, T), 0, 48)
 
 
@@ -61,22 +67,24 @@ def logits(decoder):
 
 
 def test_covering_model_equals_the_dense_one(dense, dense_logits):
-    sparse = upcycle(split(dense)[1], CONFIG, SPARSE.covering(T), rngs=fresh())
+    sparse = upcycle(split(dense)[1], CONFIG, continued(SPARSE.covering(T)), rngs=fresh())
     assert sparse.config == dataclasses.replace(CONFIG, attention=SPARSE.covering(T))
     np.testing.assert_allclose(logits(sparse), dense_logits, rtol=1e-4, atol=1e-4)
 
 
 def test_grouping_of_the_source_is_kept_and_changes_no_value(dense):
     loop = dense.unstacked()
-    unstacked = upcycle(split(loop)[1], loop.config, SPARSE, rngs=fresh())
+    unstacked = upcycle(
+        split(loop)[1], loop.config, continued(SPARSE, scan_layers=False), rngs=fresh()
+    )
     assert sorted(unstacked.layers) == ["0", "1"]
-    stacked = upcycle(split(dense)[1], CONFIG, SPARSE, rngs=fresh())
+    stacked = upcycle(split(dense)[1], CONFIG, continued(SPARSE), rngs=fresh())
     assert sorted(stacked.layers) == ["0-1"]
     jax.tree.map(np.testing.assert_array_equal, split(stacked.unstacked())[1], split(unstacked)[1])
 
 
 def test_sparse_model_starts_from_copies_and_open_branches(dense, dense_logits):
-    sparse = upcycle(split(dense)[1], CONFIG, SPARSE, rngs=fresh())
+    sparse = upcycle(split(dense)[1], CONFIG, continued(SPARSE), rngs=fresh())
     params, before = split(sparse)[1], split(dense)[1]
     attention, old = (p["layers"]["0-1"]["attention"] for p in (params, before))
     for name in ("k", "v", "k_bias", "v_bias"):
@@ -102,17 +110,38 @@ def test_sparse_model_starts_from_copies_and_open_branches(dense, dense_logits):
 
 
 def test_some_layers_can_stay_dense(dense, dense_logits):
-    sparse = upcycle(split(dense)[1], CONFIG, SPARSE.covering(T), dense_layers=(1,), rngs=fresh())
+    sparse = upcycle(
+        split(dense)[1], CONFIG, continued(SPARSE.covering(T), dense_layers=(1,)), rngs=fresh()
+    )
     assert sorted(sparse.layers) == ["0", "1"]
     assert split(sparse)[1]["layers"]["1"]["attention"]["k"].shape[0] == 1
     np.testing.assert_allclose(logits(sparse), dense_logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_continues_as_itself(dense, dense_logits):
+    again = upcycle(split(dense)[1], CONFIG, CONFIG, rngs=fresh())
+    np.testing.assert_array_equal(logits(again), dense_logits)
+    sparse = upcycle(split(dense)[1], CONFIG, continued(SPARSE), rngs=fresh())
+    _, params, state = split(sparse)
+    fewer = dataclasses.replace(SPARSE, selected_blocks=3)
+    shorter = upcycle(params, sparse.config, continued(fewer), rngs=fresh(), state=state)
+    jax.tree.map(np.testing.assert_array_equal, split(shorter)[1], params)
 
 
 def test_wrong_parameters_are_refused(dense):
     params = split(dense)[1]
     wider = dataclasses.replace(CONFIG, mlp_width=64)
     with pytest.raises(ValueError, match=r"entries differ, the first is 'layers.0-1.mlp.down'"):
-        upcycle(params, wider, SPARSE, rngs=fresh())
-    already = dataclasses.replace(CONFIG, attention=SPARSE)
-    with pytest.raises(ValueError, match=r"one K/V branch, this config has \[3\]"):
-        upcycle(params, already, SPARSE, rngs=fresh())
+        upcycle(params, wider, wider, rngs=fresh())
+    with pytest.raises(ValueError, match="mlp_width: 48 -> 64"):
+        upcycle(params, CONFIG, wider, rngs=fresh())
+
+
+def test_branches_and_mechanisms_that_do_not_fit_are_refused(dense):
+    sparse = upcycle(split(dense)[1], CONFIG, continued(SPARSE), rngs=fresh())
+    params = split(sparse)[1]
+    with pytest.raises(ValueError, match="layer 0: 3 K/V branches of NSA cannot become the 1"):
+        upcycle(params, sparse.config, CONFIG, rngs=fresh())
+    longer = dataclasses.replace(SPARSE, compression_block=8)
+    with pytest.raises(ValueError, match="its parameters change shape"):
+        upcycle(params, sparse.config, continued(longer), rngs=fresh())

@@ -316,6 +316,7 @@ def test_cache_folder_follows_config_and_environment(monkeypatch, tmp_path):
             "leave nothing to train on",
         ),
         ({"prefetch": -1}, "prefetch=-1"),
+        ({"length_bins": (64, 64)}, r"length_bins=\(64, 64\) must be positive and ascending"),
     ],
 )
 def test_config_is_checked(settings, message):

@@ -1,7 +1,6 @@
 """train.loop: what a run writes, how it stops, how it goes on."""
 
 import dataclasses
-import io
 import json
 import math
 import os
@@ -11,20 +10,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from rich.console import Console
+from train_cases import run
 
 from sparse_attn import NSA
 from train import loop
 from train.checkpoint import Checkpoints
 from train.config import ConfigError, LoggingConfig, OptimizerConfig, UserError, load_run_config
-from train.loop import RunFolderError, TrainingDiverged, train
+from train.loop import RunFolderError, TrainingDiverged
 from train.reporting import read_metrics, without_timing
-
-
-def run(config, **flags):
-    console = Console(file=io.StringIO(), width=200)
-    outcome = train(config, console=console, **flags)
-    return outcome, console.file.getvalue()
 
 
 def in_folder(config, name):

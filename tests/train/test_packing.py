@@ -89,6 +89,27 @@ def test_short_documents_stay_whole_and_cuts_move_between_epochs():
     assert all(start % 8 == 0 for start in starts)
 
 
+def test_length_bins_share_the_tokens_and_lose_none():
+    lengths, bins = [5, 900, 2000, 33, 1400, 0], (32, 96, 192, 256)
+    plan = plan_packing(lengths, 256, 16, seed=1, length_bins=bins)
+    held = np.zeros(len(lengths), int)
+    np.add.at(held, plan.document, plan.length)
+    assert held.tolist() == lengths
+    for document in range(len(lengths)):
+        mine = plan.document == document
+        order = np.argsort(plan.start[mine])
+        start, length = plan.start[mine][order], plan.length[mine][order]
+        np.testing.assert_array_equal(start, np.cumsum(length) - length)
+    shares = np.bincount(np.searchsorted(bins, plan.length), plan.length) / sum(lengths)
+    assert shares.shape == (4,)
+    assert shares.min() > 0.15
+    assert shares.max() < 0.35
+    again = plan_packing(lengths, 256, 16, seed=1, epoch=1, length_bins=bins)
+    assert again.length.tolist() != plan.length.tolist()
+    with pytest.raises(ValueError, match="ends above sequence_length=256"):
+        plan_packing(lengths, 256, 16, length_bins=(128, 512))
+
+
 def test_best_fit_fills_the_fullest_row_that_has_room():
     # 6 opens a row, 5 another; 3 fits best beside 5, 2 beside 6.
     plan = plan_packing(np.array([6, 5, 3, 2]), 8)

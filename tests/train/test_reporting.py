@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from train.config import UserError
 from train.reporting import (
     TIMING_FIELDS,
     Display,
@@ -37,6 +38,16 @@ def test_what_is_not_finite_is_null(tmp_path):
     file.write({"step": 1, "loss": 2.0, "recall": float("nan")})
     file.close()
     assert read_metrics(tmp_path) == [{"step": 1, "loss": 2.0, "recall": None}]
+
+
+def test_a_full_disk_is_told(tmp_path):
+    file = MetricsFile(tmp_path, 0)
+    file.close()
+    with open("/dev/full", "w") as full:
+        file._file = full
+        with pytest.raises(UserError, match=r"metrics.jsonl cannot be written \(No space left"):
+            file.write({"step": 1, "loss": 1.0})
+        file.close()
 
 
 def test_timing_is_left_out_of_comparisons():

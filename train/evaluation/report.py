@@ -11,8 +11,6 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
-FILE = "evaluation.json"
-
 
 @dataclasses.dataclass(frozen=True)
 class Report:
@@ -43,9 +41,9 @@ class Report:
     device: str
     jax: str
 
-    def save(self, run_dir: Path) -> Path:
-        """Write evaluation.json into the run folder."""
-        path = run_dir / FILE
+    def save(self, run_dir: Path, suffix: str = "") -> Path:
+        """Write evaluation.json, or evaluation<suffix>.json, into the run folder."""
+        path = run_dir / f"evaluation{suffix}.json"
         text = json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
         path.write_text(text, encoding="utf-8")
         return path
