@@ -175,7 +175,7 @@ def dense_folder(options: argparse.Namespace, task: str, seed: int) -> Path:
 
 def mechanism_configs() -> dict[str, MechanismConfig]:
     """At most half of the causal pairs at T=512; every window ends before the evidence."""
-    from sparse_attn import MECHANISMS, NSA, Dense
+    from sparse_attn import DSA, NSA, Dense, HashAttention, InfLLMV2, MoBA, Routing, Seer
 
     return {
         "dense": Dense(),
@@ -186,17 +186,23 @@ def mechanism_configs() -> dict[str, MechanismConfig]:
             selected_blocks=8,
             window=32,
         ),
-        **{
-            name: MECHANISMS[name](**settings)
-            for name, settings in {
-                "infllm_v2": {},
-                "hash": {},
-                "routing": {},
-                "moba": {},
-                "seer": {},
-                "dsa": {},
-            }.items()
-        },
+        "infllm_v2": InfLLMV2(
+            compression_block=8,
+            compression_stride=4,
+            coarse_block=16,
+            coarse_stride=8,
+            selection_block=8,
+            selected_blocks=12,
+            window=32,
+            dense_len=0,
+        ),
+        "hash": HashAttention(
+            budget=64, sinks=4, recent=28, anneal_steps=100, positive_weight_per_token=0.0
+        ),
+        "routing": Routing(clusters=16, cluster_window=64, local_window=32, sinks=4),
+        "moba": MoBA(selection_block=16, selected_blocks=6),
+        "seer": Seer(selection_block=8, selected_tokens=96),
+        "dsa": DSA(selected_tokens=96, index_heads=4, index_width=16),
     }
 
 
@@ -279,7 +285,7 @@ def run_one(task: str, mechanism: str, seed: int, options: argparse.Namespace) -
         "length": LENGTH,
         "seed": seed,
         TASKS[task]: value,
-        "density_bytes": 1.0 if mechanism == "dense" else measured.pop("density_bytes"),
+        "density_bytes": 1.0 if mechanism == "dense" else measured.pop("bytes_density"),
         "step_seconds": statistics.median(seconds[2:] or seconds),
         "peak_bytes": peak,
         "steps": config.steps,

@@ -160,6 +160,11 @@ class NSA(MechanismConfig):
         attended = jnp.minimum(t, budget) + jnp.minimum(t, self.window) + entries
         return float(jnp.sum(attended / jnp.sum(t)))
 
+    def auxiliary_bits(self, shape: HeadShape, element_bits: int = 16) -> float:
+        """One compressed key and value an entry."""
+        pair = shape.head_width + shape.value_width
+        return shape.kv_heads * pair * element_bits / self.compression_stride
+
     @staticmethod
     def tiny() -> tuple[NSA, ...]:
         """Variants for the property suite: L=8, l=4, d=2."""
@@ -338,8 +343,16 @@ class NSAAttention(nnx.Module):
         selection = None
         if inspect:
             selection = Selection(indices, config.selection_block)
-            measured = metrics.selection_quality(q, k_slc, v_slc, selection, rows)
-            measured["density"] = metrics.attended_density(selection, rows, window=config.window)
+            measured = metrics.measure(
+                q,
+                k_slc,
+                v_slc,
+                selection,
+                rows,
+                config=config,
+                shape=self.shape,
+                window=config.window,
+            )
         return out, cache, Aux(loss=loss, metrics=measured, selection=selection)
 
     def update_state(self, statistics: dict[str, Array]) -> None:

@@ -14,6 +14,8 @@ from sparse_attn import Heads, HeadShape, build_mechanism, registered
 EXAMPLES = int(os.environ.get("PROPERTY_EXAMPLES", "4"))
 """Drawn layouts and append patterns a config; shapes come from fixed buckets, compiled once."""
 
+DRAWN_SHAPES = ["G2"] if EXAMPLES <= 4 else ["G1", "G2", "G4"]
+
 SHAPES = {
     "G2": HeadShape(query_heads=4, kv_heads=2, head_width=8, value_width=8, model_width=16),
     "G1": HeadShape(query_heads=2, kv_heads=2, head_width=8, value_width=6, model_width=12),

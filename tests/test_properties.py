@@ -3,8 +3,10 @@
 Items are numbered as in the documentation of the property suite. Index sets flip at near-ties in
 float32, so equalities are checked in float64, and float32 only on rows that select the same.
 
-Marked ``full``, so left out of the quick run: the reference backend by itself (item 9 holds xla to
-it), and the second variants and the policies in items 5 to 8 and 11.
+The quick run takes the five core mechanisms through every item, their relatives through those about
+values and causality, second variants through drawn appends and item 9, policies through drawn
+appends and inspection. All else is marked ``full``, and so is the reference backend by itself (item
+9 holds xla to it).
 """
 
 import dataclasses
@@ -17,27 +19,35 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparse_attn import POLICIES, Dense
+from sparse_attn import NSA, POLICIES, Dense, HashAttention, InfLLMV2, Routing
 
 CONFIGS = cases.configs()
 T = 40
 
 
-def quick(name, config):
-    """The first variant of a mechanism, which the quick run takes through every item."""
-    return name.endswith("-0") and type(config) not in POLICIES.values()
+CORE = (Dense, NSA, InfLLMV2, HashAttention, Routing)
 
 
-def parametrized(keep):
+def parametrized(quick):
+    """All configs; those that ``quick(config, first variant)`` leaves out are marked full."""
     params = [
-        pytest.param(config, id=name, marks=() if keep(name, config) else pytest.mark.full)
+        pytest.param(
+            config, id=name, marks=() if quick(config, name.endswith("-0")) else pytest.mark.full
+        )
         for name, config in CONFIGS
     ]
     return pytest.mark.parametrize("config", params)
 
 
-every_config = parametrized(lambda name, config: True)
-first_configs = parametrized(quick)
+def is_policy(config):
+    return type(config) in POLICIES.values()
+
+
+every_config = parametrized(lambda config, first: True)
+every_variant = parametrized(lambda config, first: not is_policy(config))
+every_first = parametrized(lambda config, first: first)
+first_mechanisms = parametrized(lambda config, first: first and not is_policy(config))
+core_mechanisms = parametrized(lambda config, first: first and isinstance(config, CORE))
 every_backend = pytest.mark.parametrize(
     "implementation", [pytest.param("reference", marks=pytest.mark.full), "xla"]
 )
@@ -48,9 +58,9 @@ def require_causal(config):
         pytest.skip("not a causal mechanism")
 
 
-@every_config
+@first_mechanisms
 @every_backend
-@pytest.mark.parametrize("shape", ["G1", "G2", "G4"])
+@pytest.mark.parametrize("shape", ["G1", pytest.param("G2", marks=pytest.mark.full), "G4"])
 def test_1_covering_budget_equals_dense(config, implementation, shape, x64):
     shape = cases.SHAPES[shape]
     covering = config.covering(T)
@@ -84,7 +94,7 @@ def decode(module, parts, chunks, dtype=jnp.float64, capacity=48, rollback=0, va
     return jnp.concatenate(outs, axis=1), cache
 
 
-@every_config
+@first_mechanisms
 @every_backend
 def test_2_prefill_equals_single_steps_equals_chunks(config, implementation, x64):
     require_causal(config)
@@ -92,13 +102,13 @@ def test_2_prefill_equals_single_steps_equals_chunks(config, implementation, x64
     parts = cases.arrays(shape, config.kv_branches, 2, T)
     module = cases.mechanism(config, shape, implementation=implementation)
     whole = cases.forward(module, parts)
-    for chunks, rollback in (([T], 0), ([1] * T, 0), ([13, 13, 13, 1], 0), ([5] * 8, 4)):
+    for chunks, rollback in (([T], 0), ([1] * T, 0), ([13, 13, 13, 1], 4)):
         got, cache = decode(module, parts, chunks, rollback=rollback)
         np.testing.assert_allclose(got, whole, atol=1e-12, err_msg=f"{chunks=}")
         assert cache.length.tolist() == [T, T]
 
 
-@every_config
+@core_mechanisms
 def test_2_padded_batch_of_mixed_lengths_equals_single_sequences(config, x64):
     require_causal(config)
     shape = cases.SHAPES["G2"]
@@ -131,7 +141,7 @@ def test_2_padded_batch_of_mixed_lengths_equals_single_sequences(config, x64):
         np.testing.assert_allclose(continued[row], alone[length:], atol=1e-12)
 
 
-@every_config
+@core_mechanisms
 def test_2_truncation_undoes_tokens(config, x64):
     require_causal(config)
     shape = cases.SHAPES["G2"]
@@ -151,7 +161,7 @@ def test_2_truncation_undoes_tokens(config, x64):
         cache.truncate(cache.length + 1)
 
 
-@every_config
+@first_mechanisms
 @every_backend
 def test_3_later_tokens_change_nothing_earlier(config, implementation, x64):
     require_causal(config)
@@ -178,7 +188,7 @@ def test_3_later_tokens_change_nothing_earlier(config, implementation, x64):
     assert all((gradient != 0).any() for gradient in gradients[1:3])
 
 
-@every_config
+@core_mechanisms
 @every_backend
 def test_4_packed_documents_equal_separate_documents(config, implementation, x64):
     shape = cases.SHAPES["G2"]
@@ -220,11 +230,11 @@ def documents(alignment, total):
     return st.lists(st.integers(1, total), min_size=1, max_size=5).map(place)
 
 
-@every_config
+@first_mechanisms
 @hypothesis.settings(parent=hypothesis.settings.get_profile("shared"), max_examples=cases.EXAMPLES)
 @hypothesis.given(data=st.data())
 def test_4_any_layout_of_documents_equals_each_alone(config, data):
-    shape = cases.SHAPES[data.draw(st.sampled_from(["G1", "G2", "G4"]), label="shape")]
+    shape = cases.SHAPES[data.draw(st.sampled_from(cases.DRAWN_SHAPES), label="shape")]
     layouts = [data.draw(documents(config.alignment, T), label="layout") for _ in range(2)]
     with jax.enable_x64(True):
         run = cases.compiled_forward(config, shape, 2, T)
@@ -252,7 +262,7 @@ def test_4_any_layout_of_documents_equals_each_alone(config, data):
 @hypothesis.given(data=st.data())
 def test_2_ragged_appends_equal_the_whole(config, data):
     require_causal(config)
-    shape = cases.SHAPES[data.draw(st.sampled_from(["G1", "G2"]), label="shape")]
+    shape = cases.SHAPES[data.draw(st.sampled_from(cases.DRAWN_SHAPES), label="shape")]
     chunk = 5
     with jax.enable_x64(True):
         parts = cases.arrays(shape, config.kv_branches, 2, T)
@@ -281,8 +291,10 @@ def test_2_ragged_appends_equal_the_whole(config, data):
                 break
 
 
-@first_configs
-@pytest.mark.parametrize("tokens", [1, 3, 4, 5, 7, 8, 9])
+@core_mechanisms
+@pytest.mark.parametrize(
+    "tokens", [1, 9, *(pytest.param(n, marks=pytest.mark.full) for n in (3, 4, 5, 7, 8))]
+)
 def test_5_edge_lengths_are_finite_and_right(config, tokens, x64):
     shape = cases.SHAPES["G1"]
     parts = cases.arrays(shape, config.kv_branches, 2, tokens)
@@ -293,7 +305,7 @@ def test_5_edge_lengths_are_finite_and_right(config, tokens, x64):
     np.testing.assert_allclose(out, cases.forward(reference, parts), atol=1e-12)
 
 
-@first_configs
+@core_mechanisms
 @every_backend
 def test_5_padded_rows_are_zero_with_zero_gradient(config, implementation, x64):
     shape = cases.SHAPES["G2"]
@@ -325,7 +337,7 @@ def agreeing_rows(config, *runs):
     return np.all(same, axis=0)
 
 
-@first_configs
+@core_mechanisms
 def test_6_large_logits_do_not_overflow(config):
     shape = cases.SHAPES["G2"]
     outs = {}
@@ -343,7 +355,7 @@ def test_6_large_logits_do_not_overflow(config):
     np.testing.assert_allclose(np.asarray(single[0])[rows], np.asarray(double[0])[rows], atol=2e-3)
 
 
-@first_configs
+@core_mechanisms
 def test_7_float32_gradients_agree_with_a_float64_reference(config):
     shape = cases.SHAPES["G2"]
     results = {}
@@ -366,7 +378,7 @@ def test_7_float32_gradients_agree_with_a_float64_reference(config):
         np.testing.assert_allclose(single, double, atol=2e-5)
 
 
-@first_configs
+@core_mechanisms
 def test_8_second_run_is_bitwise_equal(config):
     shape = cases.SHAPES["G2"]
     parts = cases.arrays(shape, config.kv_branches, 2, T, dtype=jnp.float32)
@@ -384,7 +396,7 @@ def test_8_second_run_is_bitwise_equal(config):
         np.testing.assert_array_equal(a, b)
 
 
-@every_config
+@every_variant
 def test_9_xla_equals_reference_with_poisoned_padding(config, x64):
     shape = cases.SHAPES["G2"]
     clean = cases.arrays(shape, config.kv_branches, 2, T)
@@ -420,7 +432,7 @@ def test_9_xla_equals_reference_with_poisoned_padding(config, x64):
         np.testing.assert_allclose(a, b, atol=1e-11)
 
 
-@first_configs
+@first_mechanisms
 def test_11_compiled_memory_grows_linearly(config):
     shape = cases.SHAPES["G2"]
     module = cases.mechanism(config, shape, dtype=jnp.float32)
@@ -437,6 +449,25 @@ def test_11_compiled_memory_grows_linearly(config):
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert temporary_bytes(4096) < 4.6 * temporary_bytes(1024)
+
+
+@every_first
+def test_inspection_measures_quality_and_cost(config):
+    if isinstance(config, Dense):
+        pytest.skip("selects nothing")
+    shape = cases.SHAPES["G2"]
+    parts = cases.arrays(shape, config.kv_branches, 1, T, dtype=jnp.float32)
+    module = cases.mechanism(config, shape, dtype=jnp.float32)
+    _, aux = cases.call(module, parts, inspect=True)
+    measured = {name: float(value) for name, value in aux.metrics.items()}
+    assert 0 < measured["recall_top32"] <= 1
+    assert 0 < measured["captured_mass"] <= 1 + 1e-6
+    assert measured["output_error"] <= measured["output_error_p95"]
+    assert 0 < measured["density"] <= 1
+    assert 0 < measured["fetched_density"] <= config.kv_branches
+    assert measured["bytes_density"] >= measured["fetched_density"] - 1e-6
+    assert measured["flops_density"] >= measured["density"] - 0.2
+    assert measured["auxiliary_bits"] == pytest.approx(config.auxiliary_bits(shape))
 
 
 def test_every_registered_config_is_frozen_and_states_its_contract():

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
@@ -113,20 +113,25 @@ def parse_policy(text: str) -> MechanismConfig:
     name, _, settings = text.partition(":")
     if name not in POLICIES:
         raise ConfigError(f"--policy {name!r} is no policy; known: {', '.join(POLICIES)}")
-    fields = [field.name for field in dataclasses.fields(POLICIES[name])]  # type: ignore[arg-type]
-    values = {}
-    for setting in filter(None, settings.split(",")):
-        field, equals, value = setting.partition("=")
-        if not equals or field not in fields:
-            raise ConfigError(
-                f"--policy {text!r}: {setting!r} must be FIELD=VALUE with one of {fields}"
-            )
-        try:
-            values[field] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            values[field] = value
+    kind: Any = POLICIES[name]
+    fields = [field.name for field in dataclasses.fields(kind)]
+    wanted = ConfigError(f"--policy {text!r} must read NAME:FIELD=VALUE,... with FIELD of {fields}")
     try:
-        return POLICIES[name](**values)
+        call = ast.parse(f"policy({settings})", mode="eval").body
+        assert isinstance(call, ast.Call)
+        # A bare word is a string: share=query.
+        values = {
+            str(keyword.arg): keyword.value.id
+            if isinstance(keyword.value, ast.Name)
+            else ast.literal_eval(keyword.value)
+            for keyword in call.keywords
+        }
+    except (ValueError, SyntaxError) as error:
+        raise wanted from error
+    if call.args or not set(values) <= set(fields):
+        raise wanted
+    try:
+        return kind(**values)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"--policy {text!r}: {error}") from error
 

@@ -30,16 +30,11 @@ def score_few_rows(
     scale: float,
 ) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"], Int[Array, "B T K P"]]:
     """``out``, ``lse`` and ``indices`` as in the api; O(B T N C) memory."""
-    B, T, N, H = q.shape
+    B, T, N, _ = q.shape
     C, K, Hv = v.shape[1:]
     dtype, precision = accumulation_dtype(q.dtype), precision_of(q.dtype)
-    keys = jnp.transpose(k, (0, 2, 3, 1)).astype(dtype)
     values = jnp.swapaxes(v, 1, 2).astype(dtype)
-    queries = jnp.swapaxes(q.reshape(B, T, K, N // K, H), 1, 2).reshape(B, K, -1, H).astype(dtype)
-    logits = jnp.matmul(queries * scale, keys, precision=precision).reshape(B, K, T, N // K, C)
-    entry = jnp.arange(C, dtype=jnp.int32)[None, None, :]
-    visible = (entry >= start[..., None]) & (entry < stop[..., None])
-    logits = jnp.where(visible[:, None, :, None], logits, -jnp.inf)
+    logits = entry_logits(q, k, start, stop, scale)
     top = jnp.max(logits, axis=-1, keepdims=True)
     weights = jnp.exp(logits - jnp.where(jnp.isneginf(top), 0.0, top))
     total = jnp.sum(weights, axis=-1, keepdims=True)
@@ -52,6 +47,8 @@ def score_few_rows(
         return jnp.matmul(weights.reshape(B, K, -1, C), values, precision=precision)
 
     def attend_what_is_seen() -> Array:
+        entry = jnp.arange(C, dtype=jnp.int32)[None, None, :]
+        visible = (entry >= start[..., None]) & (entry < stop[..., None])
         someone = jnp.any(visible, axis=1)[:, None, :, None]
         return attend(jnp.where(someone, values, 0))
 
@@ -66,3 +63,60 @@ def score_few_rows(
     first, last = (jnp.repeat(blocks.reshape(-1), K) for blocks in (first_block, last_block))
     indices = ranking.top_blocks(shares, first, last).reshape(B, T, K, -1)
     return out.astype(q.dtype), lse, indices
+
+
+def select_few_rows(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B C K H"],
+    start: Int[Array, "B T"],
+    stop: Int[Array, "B T"],
+    first_block: Int[Array, "B T"],
+    last_block: Int[Array, "B T"],
+    lse: Float[Array, "B T N"] | None,
+    budget: Int[Array, "B T J"] | None,
+    ranking: Ranking,
+    share: bool,
+    scale: float,
+) -> Int[Array, "B T J P"]:
+    """``select_blocks`` as in the api; O(B T N C) memory."""
+    B, T, N, _ = q.shape
+    C, K = k.shape[1:3]
+    G = N // K
+    logits = entry_logits(q, k, start, stop, scale)
+    if (share and G > 1) or ranking.floor is not None:
+        if lse is None:
+            shift = jax.nn.logsumexp(logits, axis=-1)
+        else:
+            given = jnp.swapaxes(lse.reshape(B, T, K, G), 1, 2).astype(logits.dtype)
+            missing = jnp.isneginf(given)
+            shift = jax.lax.cond(
+                jnp.any(missing),
+                lambda: jnp.where(missing, jax.nn.logsumexp(logits, axis=-1), given),
+                lambda: given,
+            )
+        logits = logits - jnp.where(jnp.isneginf(shift), 0.0, shift)[..., None]
+    scores = jax.nn.logsumexp(logits, axis=3, keepdims=True) if share and G > 1 else logits
+    lists = K if share else N
+    scores = jnp.swapaxes(scores, 1, 2).reshape(B * T * lists, C)
+    first, last = (jnp.repeat(blocks.reshape(-1), lists) for blocks in (first_block, last_block))
+    slots = None if budget is None else budget.reshape(-1)
+    return ranking.top_blocks(scores, first, last, slots).reshape(B, T, lists, -1)
+
+
+def entry_logits(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B C K H"],
+    start: Int[Array, "B T"],
+    stop: Int[Array, "B T"],
+    scale: float,
+) -> Float[Array, "B K T G C"]:
+    """scale * q . k of a few rows, -inf for entries out of sight: one product a kv head."""
+    B, T, N, H = q.shape
+    C, K = k.shape[1:3]
+    dtype, precision = accumulation_dtype(q.dtype), precision_of(q.dtype)
+    keys = jnp.transpose(k, (0, 2, 3, 1)).astype(dtype)
+    queries = jnp.swapaxes(q.reshape(B, T, K, N // K, H), 1, 2).reshape(B, K, -1, H).astype(dtype)
+    logits = jnp.matmul(queries * scale, keys, precision=precision).reshape(B, K, T, N // K, C)
+    entry = jnp.arange(C, dtype=jnp.int32)[None, None, :]
+    visible = (entry >= start[..., None]) & (entry < stop[..., None])
+    return jnp.where(visible[:, None, :, None], logits, -jnp.inf)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Literal, NamedTuple
 
@@ -10,10 +11,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-# Importance never exceeds G * sum(weights), so these two rank every forced block above all others
-# and a recent block above an initial one; both are exact in float32.
+# Importance never exceeds G * sum(weights) and scores stay far below 2^98 in size, so these rank
+# every forced block above all others, a recent block above an initial one, and a block without any
+# visible entry below all that have one; they are exact in float32.
 RECENT_RANK = 2.0**100
 INITIAL_RANK = 2.0**99
+UNSEEN_SCORE = -(2.0**98)
 
 
 class BlockScores(NamedTuple):
@@ -90,23 +93,40 @@ class Pooling:
 
     def pool(self, probabilities: Float[Array, "... C"]) -> Float[Array, "... M"]:
         """Importance of the ``blocks(C)`` leading blocks, from probabilities over entries."""
-        entries = probabilities.shape[-1]
+        parts = self._parts(probabilities, 0.0)
+        combine = jnp.add if self.reducer == "sum" else jnp.maximum
+        return functools.reduce(
+            combine, [weight * part for weight, part in zip(self.weights, parts, strict=True)]
+        )
+
+    def pool_log(self, scores: Float[Array, "... C"]) -> Float[Array, "... M"]:
+        """The same in log space, for ``reducer="max"``: max_m log weights[m] + score, -inf if the
+        block has no entry.
+        """
+        parts = self._parts(scores, -jnp.inf)
+        weighted = [
+            part if weight == 1.0 else part + math.log(weight)
+            for weight, part in zip(self.weights, parts, strict=True)
+            if weight > 0
+        ]
+        if not weighted:
+            return jnp.full_like(parts[0], -jnp.inf)
+        return functools.reduce(jnp.maximum, weighted)
+
+    def _parts(self, values: Float[Array, "... C"], fill: float) -> list[Float[Array, "... M"]]:
+        """For every weight, the value of its entry in each block."""
+        entries = values.shape[-1]
         blocks = self.blocks(entries)
         left = max(0, -self.offset)
         shift = self.offset + left
         span = shift + self.stride * blocks + len(self.weights)
-        lead = [(0, 0)] * (probabilities.ndim - 1)
-        padded = jnp.pad(probabilities, [*lead, (left, max(0, span - left - entries))])
-        parts = [
-            weight
-            * jax.lax.slice_in_dim(
+        lead = [(0, 0)] * (values.ndim - 1)
+        padded = jnp.pad(
+            values, [*lead, (left, max(0, span - left - entries))], constant_values=fill
+        )
+        return [
+            jax.lax.slice_in_dim(
                 padded, shift + m, shift + m + self.stride * blocks, self.stride, axis=-1
             )
-            for m, weight in enumerate(self.weights)
+            for m in range(len(self.weights))
         ]
-        importance = parts[0]
-        for part in parts[1:]:
-            importance = (
-                importance + part if self.reducer == "sum" else jnp.maximum(importance, part)
-            )
-        return importance

@@ -11,6 +11,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.block_scores.few_rows import WHOLE_ENTRIES, score_few_rows
@@ -80,8 +81,9 @@ def _score(q, k, v, start, stop, first_block, last_block, ranking, scale, tiles)
 
 def _score_fwd(q, k, v, start, stop, first_block, last_block, ranking, scale, tiles):
     result = _score(q, k, v, start, stop, first_block, last_block, ranking, scale, tiles)
-    out, lse, _ = result
-    return result, (q, k, v, start, stop, out, lse)
+    # Saved by remat policies that save selections: a second forward pass would also rank again.
+    out, lse = (checkpoint_name(x, "selection") for x in result[:2])
+    return (out, lse, result[2]), (q, k, v, start, stop, out, lse)
 
 
 def _score_bwd(ranking, scale, tiles, residuals, cotangents):

@@ -7,12 +7,15 @@ goes into both products as it lies.
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.common import AttentionOutput, accumulation_dtype
 from kernels_pallas.gather_decode import reference
+from kernels_pallas.gather_decode.walk import walk_blocks
 
 __all__ = ["as_tokens", "gather_blocks_reference", "gather_blocks_xla"]
 
@@ -59,11 +62,46 @@ def gather_blocks_xla(
     causal: bool,
     scale: float,
 ) -> AttentionOutput:
-    """Arguments and results as in the api. Memory O(B T J P L), whatever M is.
+    """Arguments and results as in the api: a walk on CPUs, gathers elsewhere and for gradients."""
+    if causal and jax.default_backend() == "cpu":
+        return AttentionOutput(*_walked(q, k, v, indices, positions, scale))
+    return gathered(q, k, v, indices, positions=positions, causal=causal, scale=scale)
 
-    On a CPU the lists are attended one after the other, so that what one of them gathers stays in
-    cache; elsewhere all at once.
-    """
+
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _walked(q, k, v, indices, positions, scale):
+    return tuple(walk_blocks(q, k, v, indices, positions=positions, scale=scale))
+
+
+def _walked_fwd(q, k, v, indices, positions, scale):
+    return _walked(q, k, v, indices, positions, scale), (q, k, v, indices, positions)
+
+
+def _walked_bwd(scale, residuals, cotangents):
+    *arrays, indices, positions = residuals
+    _, pull = jax.vjp(
+        lambda q, k, v: tuple(
+            gathered(q, k, v, indices, positions=positions, causal=True, scale=scale)
+        ),
+        *arrays,
+    )
+    return (*pull(cotangents), None, None)
+
+
+_walked.defvjp(_walked_fwd, _walked_bwd)
+
+
+def gathered(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B K M H L"],
+    v: Float[Array, "B K M L Hv"],
+    indices: Int[Array, "B T J P"],
+    *,
+    positions: Int[Array, "B T"],
+    causal: bool,
+    scale: float,
+) -> AttentionOutput:
+    """All lists at once (on a CPU one after the other); memory O(B T J P L), whatever M is."""
     batch, queries, query_heads, width = q.shape
     kv_heads, blocks, _, length = k.shape[1:]
     dtype = accumulation_dtype(q.dtype)

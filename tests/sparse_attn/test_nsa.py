@@ -140,6 +140,7 @@ def test_kl_loss_falls_when_the_selector_learns(x64):
     assert losses[-1] < 0.8 * losses[0]
 
 
+@pytest.mark.full
 def test_straight_through_keeps_the_value_and_adds_the_block_gradient(x64):
     parts = cases.arrays(SHAPE, 3, 1, T)
     straight = dataclasses.replace(SMALL, selector_gradient="straight_through")

@@ -13,9 +13,17 @@ from flax import nnx
 from rich.console import Console
 
 from models.transformer import Decoder, split
+from sparse_attn import Dense, Duo, OracleTopK, Quest
 from train import evaluate as evaluation
 from train.checkpoint import Checkpoints
-from train.config import TOKENIZER_FOLDER, ConfigError, UserError, load_recipe, save_run_config
+from train.config import (
+    TOKENIZER_FOLDER,
+    ConfigError,
+    UserError,
+    load_recipe,
+    load_run_config,
+    save_run_config,
+)
 from train.data import DataConfig
 from train.evaluation.bytes_model import ByteModel
 from train.evaluation.config import EvaluationConfig
@@ -59,6 +67,10 @@ def decoder(config):
 
 @pytest.fixture(scope="module")
 def run(config, decoder):
+    return save_run(config, decoder)
+
+
+def save_run(config, decoder):
     """A run folder as training leaves it, without having trained."""
     folder = Path(config.run_dir)
     folder.mkdir()
@@ -210,3 +222,32 @@ def test_unwritable_run_folder(config, run, monkeypatch):
 def test_config_refuses(field, value):
     with pytest.raises(ValueError, match=f"{field}="):
         EvaluationConfig(**{field: value})
+
+
+def test_policies_are_described_in_a_word_or_with_fields():
+    assert evaluation.parse_policy("quest") == Quest()
+    described = evaluation.parse_policy("duo:streaming_heads=(0, 1),recent=8,sinks=2")
+    assert described == Duo(streaming_heads=(0, 1), recent=8, sinks=2)
+    assert evaluation.parse_policy("oracle_topk:share=group") == OracleTopK(share="group")
+    for text, message in (
+        ("questt", "is no policy; known: .*quest"),
+        ("quest:pages=4", "must read NAME:FIELD=VALUE"),
+        ("quest:budget=", "must read NAME:FIELD=VALUE"),
+        ("quest:4", "must read NAME:FIELD=VALUE"),
+        ("quest:budget=-1", "budget=-1"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            evaluation.parse_policy(text)
+
+
+def test_a_policy_is_evaluated_on_a_dense_run(config, run, tmp_path):
+    model = dataclasses.replace(config.model, attention=Dense(), layers=1)
+    config = dataclasses.replace(config, model=model, run_dir=str(tmp_path / "dense"))
+    folder = save_run(config, Decoder(model, rngs=nnx.Rngs(0)))
+    policy = evaluation.evaluate(config, folder, policy="streaming_llm:sinks=1,recent=4")
+    assert (folder / "evaluation-streaming_llm.json").exists()
+    assert policy.mechanism == "streaming_llm:sinks=1,recent=4"
+    assert 0 < policy.density < 1
+    assert abs(policy.bits_per_byte_teacher_forced - policy.bits_per_byte_decode) < 1e-3
+    with pytest.raises(UserError, match="K/V branches of NSA cannot become the 1"):
+        evaluation.evaluate(load_run_config(run), run, policy="streaming_llm")

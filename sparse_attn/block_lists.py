@@ -1,0 +1,88 @@
+"""What mechanisms that list key blocks share: who may be listed, and attention over the lists.
+
+Their caches keep keys [B, K, M, H, L] and values [B, K, M, L, Hv] block by block. A few new tokens
+walk the listed blocks where they lie; for many, keys and values are laid out token by token first.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from kernels_pallas.block_sparse import block_sparse_attention
+from kernels_pallas.gather_decode import as_tokens, gather_blocks
+from kernels_pallas.ranged import ranged_attention
+from sparse_attn.documents import Rows
+from sparse_attn.types import Implementation
+
+FEW_ROWS = 16
+"""Up to this many new tokens a call, blocks are read from the cache as it is (decode)."""
+
+
+def earlier_blocks(rows: Rows, block: int) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
+    """The range of blocks of each row's document before the row's own: whole ones."""
+    start = jnp.where(rows.valid, rows.start // block, 0)
+    return start, jnp.where(rows.valid, rows.index // block, 0)
+
+
+def all_blocks(rows: Rows, block: int, blocks: int) -> Int[Array, "B T 1 P"]:
+    """Lists of every block up to each row's own, for rows with a cache (one document a row)."""
+    number = jnp.arange(blocks, dtype=jnp.int32)[None, None, None, :]
+    last = jnp.where(rows.valid, rows.index // block, -1)[:, :, None, None]
+    return jnp.where(number <= last, number, -1)
+
+
+def attend_sequences(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K Hv"],
+    indices: Int[Array, "B T J P"] | None,
+    rows: Rows,
+    *,
+    block: int,
+    implementation: Implementation,
+) -> Float[Array, "B T N Hv"]:
+    """Token-causal attention of whole sequences over the listed blocks, or over everything."""
+    if indices is None:
+        return ranged_attention(
+            q, k, v, rows.start, rows.index + 1, implementation=implementation
+        ).out
+    return block_sparse_attention(
+        q,
+        k,
+        v,
+        indices,
+        block_size=block,
+        positions=rows.index,
+        implementation=implementation,
+    ).out
+
+
+def attend_cached(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B K M H L"],
+    v: Float[Array, "B K M L Hv"],
+    indices: Int[Array, "B T J P"] | None,
+    rows: Rows,
+    *,
+    implementation: Implementation,
+) -> Float[Array, "B T N Hv"]:
+    """:func:`attend_sequences` from a blocked cache that holds the rows' own tokens already."""
+    blocks, block = k.shape[2], k.shape[4]
+    if q.shape[1] > FEW_ROWS:
+        k, v = (x.astype(q.dtype) for x in as_tokens(k, v))
+        return attend_sequences(q, k, v, indices, rows, block=block, implementation=implementation)
+    if indices is None:
+        indices = all_blocks(rows, block, blocks)
+    return gather_blocks(q, k, v, indices, positions=rows.index, implementation=implementation).out
+
+
+def pick_tokens(
+    k: Float[Array, "B K M H L"], first: Int[Array, " B"], count: int
+) -> Float[Array, "B c K H"]:
+    """Keys first .. first + count - 1 of every sequence, clipped to the cache."""
+    blocks, block = k.shape[2], k.shape[4]
+    token = first[:, None] + jnp.arange(count, dtype=jnp.int32)[None, :]
+    token = jnp.minimum(token, blocks * block - 1)
+    sequence = jnp.broadcast_to(jnp.arange(k.shape[0])[:, None], token.shape)
+    return k[sequence, :, token // block, :, token % block]

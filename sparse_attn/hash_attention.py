@@ -1,0 +1,383 @@
+"""HashAttention (arXiv 2412.14468): learned binary codes find the keys a query attends.
+
+With rotated q and k, mappings phi_q, phi_k (learned, per list) and codes of b bits:
+
+1. code(x) = [phi(x) > 0], packed into words; the code of a key is computed once.
+2. score[t, j, s] = sum over the query heads of list j of b - 2 popcount(code_q ^ code_k).
+3. Row t attends the document's first ``sinks`` keys, the last ``recent`` ones (its own included)
+   and the k_t best-scored of the rest; of equal scores the most recent win.
+4. Softmax attention over these keys. Nothing differentiates through the choice: the mappings learn
+   from a loss of their own (:mod:`sparse_attn.hash_training`), everything else through step 4.
+
+Where we differ from the published code, and why: one list a kv head by default (``share="kv"``), so
+that a group reads its keys once; b bits a list of cache, not b a query head; codes are cached; ties
+have an order; relaxed codes can be annealed to hard ones while they train; prefill is as sparse as
+decode.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int, UInt32
+
+from kernels_pallas.hamming import pack_codes
+from kernels_pallas.hamming.codes import word_count
+from kernels_pallas.ranged import ranged_attention
+from sparse_attn import hash_selection as selection
+from sparse_attn import metrics
+from sparse_attn.cache import check_capacity
+from sparse_attn.documents import Rows, place_rows
+from sparse_attn.hash_cache import HashCache, append, empty_cache
+from sparse_attn.hash_mapping import Mapping, MappingKind
+from sparse_attn.hash_selection import FINEST_FRACTION, Amount, as_fraction, by_lists, key_lists
+from sparse_attn.hash_training import fit_loss
+from sparse_attn.registry import MechanismConfig, register
+from sparse_attn.types import Attend, Aux, Heads, HeadShape, Implementation, Selection
+
+
+@dataclasses.dataclass(frozen=True)
+class HashAttention(MechanismConfig):
+    """Configuration of HashAttention. Lengths and budgets are in tokens.
+
+    Selection: ``budget`` keys beyond ``sinks`` and ``recent``, an int, or a fraction f of what the
+    row sees, k_t = ceil(f * (t + 1)) (a ratio with a denominator up to 16384 stands for f), or a
+    tuple of one such number for each list. ``share="kv"``: one list a kv head, for which the scores
+    of the group's query heads are summed; ``share="query"`` (paper): one list a query head.
+
+    Codes: ``bits`` b, a multiple of 8; ``mapping`` an MLP with two hidden layers of width
+    ``hidden``, or linear.
+
+    Training (see :mod:`sparse_attn.hash_training`): ``fit_rows`` rows a call, ``fit_top`` targets a
+    row; ``loss="bce"`` with positive weight ``positive_weight`` + ``positive_weight_per_token`` * T
+    (alpha + beta T), or ``"ranking"``; ``value_aware_target`` ranks targets by attention times |v|.
+    The temperature falls from 1 to ``final_temperature`` within ``anneal_steps`` training steps
+    (0: stays at 1), which the module counts itself. ``balance`` weighs a penalty on bits that are
+    mostly set or mostly clear. ``joint_loss`` adds that many times the loss, on detached q, k and
+    v, to ``attend="sparse"`` without a cache, so that codes train along with the model.
+
+    Raises:
+      ValueError: on numbers that cannot hold.
+    """
+
+    bits: int = 32
+    mapping: MappingKind = "mlp"
+    hidden: int = 128
+    share: Literal["kv", "query"] = "kv"
+    budget: int | float | tuple[int | float, ...] = 1 / 32
+    sinks: int = 16
+    recent: int = 64
+    loss: Literal["bce", "ranking"] = "bce"
+    fit_rows: int = 256
+    fit_top: int = 32
+    positive_weight: float = 20.0
+    positive_weight_per_token: float = 0.0
+    value_aware_target: bool = False
+    anneal_steps: int = 0
+    final_temperature: float = 0.1
+    balance: float = 0.0
+    joint_loss: float = 0.0
+    implementation: Implementation = "auto"
+
+    def __post_init__(self) -> None:
+        if self.bits < 8 or self.bits % 8:
+            raise ValueError(f"bits={self.bits} must be a positive multiple of 8")
+        for name, known in (
+            ("mapping", ("mlp", "linear")),
+            ("share", ("kv", "query")),
+            ("loss", ("bce", "ranking")),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; use one of {known}")
+        for name in ("hidden", "recent", "fit_rows", "fit_top"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in (
+            "sinks",
+            "positive_weight",
+            "positive_weight_per_token",
+            "anneal_steps",
+            "balance",
+            "joint_loss",
+        ):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        if not 0 < self.final_temperature <= 1:
+            raise ValueError(
+                f"final_temperature={self.final_temperature} must be in (0, 1]; use "
+                "anneal_steps=0 to keep the temperature at 1"
+            )
+        if isinstance(self.budget, tuple) and not self.budget:
+            raise ValueError("budget=() names no list; give one number, or one for each list")
+        for amount in self.budget if isinstance(self.budget, tuple) else (self.budget,):
+            if isinstance(amount, int) and amount < 0:
+                raise ValueError(f"budget={self.budget} must not be negative")
+            if isinstance(amount, float) and not 1 / FINEST_FRACTION <= amount <= 1:
+                raise ValueError(
+                    f"budget={self.budget}: a fraction of the context must be between "
+                    f"1/{FINEST_FRACTION} and 1; use an int for a number of tokens"
+                )
+
+    def lists(self, shape: HeadShape) -> int:
+        """J, the lists of a token."""
+        return shape.kv_heads if self.share == "kv" else shape.query_heads
+
+    def amounts(self, lists: int) -> tuple[Amount, ...]:
+        """The budget of each list.
+
+        Raises:
+          ValueError: if ``budget`` is a tuple of another length.
+        """
+        if not isinstance(self.budget, tuple):
+            return (self.budget,) * lists
+        if len(self.budget) != lists:
+            raise ValueError(
+                f"budget={self.budget} has {len(self.budget)} entries, share={self.share!r} makes "
+                f"{lists} lists; give one number, or one for each list"
+            )
+        return self.budget
+
+    def covering(self, length: int) -> HashAttention:
+        """The variant that equals dense attention for documents up to ``length`` tokens."""
+        return dataclasses.replace(self, budget=length)
+
+    def density(self, length: int) -> float:
+        """Attended over causal token pairs of one document of ``length`` tokens."""
+        seen = np.arange(1, length + 1, dtype=np.int64)
+        per_list = self.budget if isinstance(self.budget, tuple) else (self.budget,)
+        attended = 0.0
+        for amount in per_list:
+            if isinstance(amount, float):
+                ratio = as_fraction(amount)
+                chosen = -(-seen * ratio.numerator // ratio.denominator)
+            else:
+                chosen = np.full_like(seen, amount)
+            attended += float(np.minimum(seen, self.sinks + self.recent + chosen).sum())
+        return attended / len(per_list) / float(seen.sum())
+
+    def auxiliary_bits(self, shape: HeadShape, element_bits: int = 16) -> float:
+        """Bits a token of the code cache: whole words of 32 for each list."""
+        del element_bits
+        return 32.0 * word_count(self.bits) * self.lists(shape)
+
+    def selector_flops(self, shape: HeadShape, length: Any) -> Any:
+        """Exclusive or, count and sum: three operations a word of every query code and key."""
+        return 3 * word_count(self.bits) * shape.query_heads * length
+
+    @staticmethod
+    def tiny() -> tuple[HashAttention, ...]:
+        """Variants for the property suite: a list a kv head, and the paper's a query head."""
+        small = HashAttention(bits=16, hidden=8, budget=5, sinks=2, recent=3, fit_rows=8)
+        paper = dataclasses.replace(small, share="query", mapping="linear", bits=40, budget=0.2)
+        return (small, paper)
+
+
+class HashProgress(nnx.Variable):
+    """How many training steps the codes have learnt from: state, not a parameter."""
+
+
+@register(HashAttention, "hash")
+class HashMechanism(nnx.Module):
+    """The mappings, the code cache and the selection; see :class:`HashAttention`.
+
+    Raises:
+      ValueError: if ``config.budget`` is a tuple that does not fit the heads.
+    """
+
+    def __init__(
+        self,
+        config: HashAttention,
+        shape: HeadShape,
+        *,
+        rngs: nnx.Rngs,
+        param_dtype: Any = jnp.float32,
+    ):
+        self.config = config
+        self.shape = shape
+        self.lists = config.lists(shape)
+        config.amounts(self.lists)
+        sizes: dict[str, Any] = {
+            "lists": self.lists,
+            "width": shape.head_width,
+            "hidden": config.hidden,
+            "bits": config.bits,
+            "rngs": rngs,
+            "param_dtype": param_dtype,
+        }
+        self.phi_q = Mapping(config.mapping, **sizes)
+        self.phi_k = Mapping(config.mapping, **sizes)
+        self.steps = HashProgress(jnp.zeros((), jnp.float32))
+
+    def init_cache(self, batch: int, capacity: int, dtype: Any, rollback: int = 0) -> HashCache:
+        """An empty cache for ``capacity`` tokens a sequence; ``rollback`` costs nothing here."""
+        del rollback
+        return empty_cache(
+            self.shape,
+            batch=batch,
+            capacity=capacity,
+            lists=self.lists,
+            bits=self.config.bits,
+            dtype=dtype,
+        )
+
+    def __call__(
+        self,
+        heads: Heads,
+        cache: HashCache | None = None,
+        *,
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        attend: Attend = "sparse",
+        inspect: bool = False,
+    ) -> tuple[Float[Array, "B T N Hv"], HashCache | None, Aux]:
+        """The mechanism contract.
+
+        ``attend="dense"``: every earlier token is attended, codes are cached as ever. ``"fit"``:
+        the same, and ``aux.loss`` teaches the mappings, and nothing else, what to select.
+        """
+        config = self.config
+        if cache is not None and attend == "fit":
+            raise ValueError('attend="fit" trains the selector and works without a cache only')
+        rows = place_rows(
+            *heads.q.shape[:2],
+            length=None if cache is None else cache.length,
+            positions=positions,
+            segment_ids=segment_ids,
+        )
+        q = heads.rope(heads.q, rows.positions)
+        k = heads.rope(heads.k[0], rows.positions)
+        v = heads.v[0]
+        # The numbers behind the codes: nothing of the model is trained through them.
+        hashed = jax.lax.stop_gradient(k)
+        if segment_ids is not None:
+            hashed = jnp.where(rows.valid[:, :, None, None], hashed, 0)
+        u_k = self.phi_k(key_lists(hashed, self.lists))[:, :, :, 0]
+        codes = checkpoint_name(pack_codes(u_k > 0), "selection")
+        live = None
+        if cache is None:
+            k_codes = selection.packed(codes)
+            if segment_ids is not None:
+                live = rows.valid
+        else:
+            check_capacity(cache.length, rows.appended, cache.capacity)
+            cache = append(cache, k, v, codes, rows)
+            k, v = jnp.split(cache.kv.astype(q.dtype), [k.shape[3]], axis=3)
+            k_codes = cache.codes
+
+        joint = cache is None and attend == "sparse" and config.joint_loss > 0
+        loss = jnp.zeros((), jnp.float32)
+        measured: dict[str, Array] = {}
+        statistics: dict[str, Array] = {}
+        if attend == "fit" or joint:
+            loss, measured = fit_loss(
+                config,
+                q,
+                hashed,
+                v if live is None else jnp.where(live[:, :, None, None], v, 0),
+                self.phi_q,
+                u_k,
+                rows,
+                self.steps[...],
+            )
+            loss = config.joint_loss * loss if joint else loss
+            statistics = {"fitted": jnp.ones((), jnp.float32)}
+
+        q_codes = self.query_codes(q) if attend == "sparse" or inspect else None
+        if attend == "sparse" and q_codes is not None:
+            if cache is not None and q.shape[1] <= selection.FEW_ROWS:
+                out = selection.gathered(config, q, cache.kv, q_codes, k_codes, rows)
+            else:
+                out = selection.masked(config, q, k, v, q_codes, k_codes, rows, live)
+        else:
+            out, _ = ranged_attention(
+                q, k, v, rows.start, rows.index + 1, implementation=config.implementation
+            )
+        chosen = None
+        if inspect and q_codes is not None:
+            indices = selection.select(config, q_codes, k_codes, rows, k.shape[1])
+            chosen = Selection(indices, 1)
+            if live is not None:
+                k, v = (jnp.where(live[:, :, None, None], x, 0) for x in (k, v))
+            measured |= metrics.measure(
+                q,
+                k,
+                v,
+                chosen,
+                rows,
+                config=config,
+                shape=self.shape,
+                sinks=config.sinks,
+                recent=config.recent,
+            )
+        return out, cache, Aux(loss, measured, statistics, chosen)
+
+    def query_codes(self, q: Float[Array, "B T N H"]) -> UInt32[Array, "B T J E W"]:
+        """Packed codes of rotated queries, sorted to the lists they stand behind."""
+        u_q = self.phi_q(by_lists(jax.lax.stop_gradient(q), self.lists))
+        return checkpoint_name(pack_codes(u_q > 0), "selection")
+
+    def update_state(self, statistics: dict[str, Array]) -> None:
+        """Count a training step if the codes learnt in it, however many microbatches it had."""
+        learnt = statistics.get("fitted")
+        if learnt is not None:
+            self.steps[...] = self.steps[...] + (learnt > 0).astype(self.steps.dtype)
+
+
+def hash_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K Hv"],
+    q_codes: UInt32[Array, "B T N W"],
+    k_codes: UInt32[Array, "B T J W"],
+    *,
+    config: HashAttention | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+) -> Float[Array, "B T N Hv"]:
+    """HashAttention on ready-made heads and codes; see :mod:`sparse_attn.hash_attention`.
+
+    Args:
+      q: queries, rotated.
+      k: keys, rotated.
+      v: values.
+      q_codes: one packed code a query head (:func:`kernels_pallas.hamming.pack_codes`).
+      k_codes: one packed code a list: a kv head with ``config.share="kv"``, else a query head.
+      config: bits, sharing, budget, sinks, recent, implementation; the rest is not looked at.
+      segment_ids: 0 is padding (output 0), documents are contiguous.
+
+    Differentiable in q, k and v through the attention over the selected keys. Memory is linear in
+    T.
+
+    Raises:
+      ValueError: on shapes that do not fit.
+    """
+    config = HashAttention() if config is None else config
+    batch, tokens, heads = q.shape[:3]
+    lists = k.shape[2] if config.share == "kv" else heads
+    words = word_count(config.bits)
+    if q_codes.shape != (batch, tokens, heads, words):
+        raise ValueError(
+            f"q_codes.shape={q_codes.shape} must be [B, T, N, W]={(batch, tokens, heads, words)} "
+            f"for bits={config.bits}"
+        )
+    if k_codes.shape != (batch, tokens, lists, words):
+        raise ValueError(
+            f"k_codes.shape={k_codes.shape} must be [B, T, J, W]={(batch, tokens, lists, words)} "
+            f"for share={config.share!r} and bits={config.bits}"
+        )
+    rows: Rows = place_rows(batch, tokens, length=None, positions=None, segment_ids=segment_ids)
+    return selection.masked(
+        config,
+        q,
+        k,
+        v,
+        q_codes.reshape(batch, tokens, lists, heads // lists, words),
+        selection.packed(k_codes),
+        rows,
+        None if segment_ids is None else rows.valid,
+    )
