@@ -4,9 +4,8 @@ Items are numbered as in the documentation of the property suite. Index sets fli
 float32, so equalities are checked in float64, and float32 only on rows that select the same.
 
 The quick run takes the five core mechanisms through every item, their relatives through those about
-values and causality, second variants through drawn appends and item 9, policies through drawn
-appends and inspection. All else is marked ``full``, and so is the reference backend by itself (item
-9 holds xla to it).
+values and causality, second variants through item 9, policies through drawn appends. All else is
+marked ``full``, and so is the reference backend by itself (item 9 holds xla to it).
 """
 
 import dataclasses
@@ -43,7 +42,6 @@ def is_policy(config):
     return type(config) in POLICIES.values()
 
 
-every_config = parametrized(lambda config, first: True)
 every_variant = parametrized(lambda config, first: not is_policy(config))
 every_first = parametrized(lambda config, first: first)
 first_mechanisms = parametrized(lambda config, first: first and not is_policy(config))
@@ -257,7 +255,7 @@ def test_4_any_layout_of_documents_equals_each_alone(config, data):
             )
 
 
-@every_config
+@every_first
 @hypothesis.settings(parent=hypothesis.settings.get_profile("shared"), max_examples=cases.EXAMPLES)
 @hypothesis.given(data=st.data())
 def test_2_ragged_appends_equal_the_whole(config, data):
@@ -432,7 +430,7 @@ def test_9_xla_equals_reference_with_poisoned_padding(config, x64):
         np.testing.assert_allclose(a, b, atol=1e-11)
 
 
-@first_mechanisms
+@core_mechanisms
 def test_11_compiled_memory_grows_linearly(config):
     shape = cases.SHAPES["G2"]
     module = cases.mechanism(config, shape, dtype=jnp.float32)
@@ -451,7 +449,7 @@ def test_11_compiled_memory_grows_linearly(config):
     assert temporary_bytes(4096) < 4.6 * temporary_bytes(1024)
 
 
-@every_first
+@first_mechanisms
 def test_inspection_measures_quality_and_cost(config):
     if isinstance(config, Dense):
         pytest.skip("selects nothing")

@@ -202,6 +202,7 @@ def test_fresh_gates_are_close_to_window_attention():
     np.testing.assert_allclose(gates[0, 0, 0], jax.nn.sigmoid(jnp.array([-2.0, -2.0, 2.0])))
 
 
+@pytest.mark.full
 def test_dense_attend_lifts_the_budget_and_keeps_the_cache_going(x64):
     config = dataclasses.replace(SMALL, gates=(0.0, 1.0, 0.0))
     parts = cases.arrays(SHAPE, 3, 1, T)

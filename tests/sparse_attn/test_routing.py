@@ -514,6 +514,7 @@ def test_a_decode_step_reads_a_list_whose_size_does_not_follow_the_capacity(x64)
         assert lists.shape == (1, 1, 4, 2 + 4 + 15 + 3)
 
 
+@pytest.mark.full
 def test_dense_steps_keep_rings_up_to_date_and_inspection_agrees(x64):
     parts = cases.arrays(SHAPE, 1, 2, T)
     module = cases.mechanism(SMALL, SHAPE)
