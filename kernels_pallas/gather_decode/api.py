@@ -139,8 +139,7 @@ def gather_tokens(
         raise ValueError(
             f"gather_tokens: kv {kv.shape} must be [B, S, K, H + Hv] with H={width}, the width of q"
         )
-    k = jax.ShapeDtypeStruct((*kv.shape[:3], width), kv.dtype)
-    v = jax.ShapeDtypeStruct((*kv.shape[:3], kv.shape[3] - width), kv.dtype)
+    k, v = jax.eval_shape(lambda kv: (kv[..., :width], kv[..., width:]), kv)
     check_arguments("gather_tokens", q, k, v, indices, positions, 1)
     return dispatch(
         "gather_tokens",
