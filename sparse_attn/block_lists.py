@@ -6,17 +6,38 @@ walk the listed blocks where they lie; for many, keys and values are laid out to
 
 from __future__ import annotations
 
+from typing import Any, Protocol
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.block_sparse import block_sparse_attention
 from kernels_pallas.gather_decode import as_tokens, gather_blocks
 from kernels_pallas.ranged import ranged_attention
+from sparse_attn import metrics
+from sparse_attn.cache import FEW_ROWS
 from sparse_attn.documents import Rows
-from sparse_attn.types import Implementation
+from sparse_attn.types import HeadShape, Implementation, Selection
 
-FEW_ROWS = 16
-"""Up to this many new tokens a call, blocks are read from the cache as it is (decode)."""
+
+class BlockConfig(Protocol):
+    """What the configs of these mechanisms have in common."""
+
+    @property
+    def selection_block(self) -> int: ...
+
+    @property
+    def implementation(self) -> Implementation: ...
+
+
+class BlockCache(Protocol):
+    """What their caches have in common."""
+
+    @property
+    def k(self) -> Float[Array, "B K M H L"]: ...
+
+    @property
+    def v(self) -> Float[Array, "B K M L Hv"]: ...
 
 
 def earlier_blocks(rows: Rows, block: int) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
@@ -30,6 +51,48 @@ def all_blocks(rows: Rows, block: int, blocks: int) -> Int[Array, "B T 1 P"]:
     number = jnp.arange(blocks, dtype=jnp.int32)[None, None, None, :]
     last = jnp.where(rows.valid, rows.index // block, -1)[:, :, None, None]
     return jnp.where(number <= last, number, -1)
+
+
+def attend_blocks(
+    config: BlockConfig,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K Hv"],
+    indices: Int[Array, "B T J P"] | None,
+    rows: Rows,
+    cache: BlockCache | None = None,
+) -> Float[Array, "B T N Hv"]:
+    """Attention to the listed blocks of the new keys, or of a cache; everything without lists."""
+    if cache is not None:
+        return attend_cached(
+            q, cache.k, cache.v, indices, rows, implementation=config.implementation
+        )
+    return attend_sequences(
+        q,
+        k,
+        v,
+        indices,
+        rows,
+        block=config.selection_block,
+        implementation=config.implementation,
+    )
+
+
+def inspect_blocks(
+    config: Any,
+    shape: HeadShape,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K Hv"],
+    indices: Int[Array, "B T J P"],
+    rows: Rows,
+    cache: BlockCache | None = None,
+) -> tuple[dict[str, Float[Array, ""]], Selection]:
+    """What ``inspect=True`` reports of the lists, over the new keys or those of a cache."""
+    if cache is not None:
+        k, v = (x.astype(q.dtype) for x in as_tokens(cache.k, cache.v))
+    selection = Selection(indices, config.selection_block)
+    return metrics.measure(q, k, v, selection, rows, config=config, shape=shape), selection
 
 
 def attend_sequences(

@@ -16,6 +16,9 @@ from jaxtyping import Array, Bool, Int, Shaped
 
 from sparse_attn.documents import Rows
 
+FEW_ROWS = 16
+"""Up to this many new tokens a call, what they select is read from the cache as it is (decode)."""
+
 
 def write_rows(
     buffer: Shaped[Array, "B S *rest"],

@@ -34,10 +34,11 @@ from kernels_pallas.common import accumulation_dtype
 from kernels_pallas.gather_decode import gather_decode
 from kernels_pallas.ranged import ranged_attention
 from sparse_attn import metrics
-from sparse_attn.cache import check_capacity, checked_truncation, write_rows
+from sparse_attn.cache import FEW_ROWS, check_capacity, checked_truncation, write_rows
 from sparse_attn.documents import Rows, place_rows
 from sparse_attn.masked import map_rows, masked_attention, rows_per_chunk
 from sparse_attn.registry import MechanismConfig, register
+from sparse_attn.top_keys import heaviest, listed
 from sparse_attn.types import (
     Attend,
     AttentionOutput,
@@ -48,9 +49,6 @@ from sparse_attn.types import (
     Rope,
     Selection,
 )
-
-GATHER_ROWS = 16
-"""Up to this many new tokens a call, selected tokens are gathered row by row (decode)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,65 +208,9 @@ def index_scores(
 def top_tokens(
     scores: Float[Array, "B T S"], visible: Bool[Array, "B T S"], count: int
 ) -> Bool[Array, "B T S"]:
-    """The ``count`` visible keys with the largest scores of each row; the later of equal ones.
-
-    Exact: the count-th largest score is found bit by bit, then the first position from which keys
-    of just that score still fit. Both searches are a few dozen passes of comparisons and sums,
-    several times faster on a CPU than sorting rows.
-    """
-    levels = _ordered(scores)
-    unsigned = levels.dtype
-    levels = jnp.where(visible, levels, 0)  # below every number: _ordered has no finite 0
-    bits = jnp.iinfo(unsigned).bits
-
-    def enough(candidate: Array) -> Array:
-        return jnp.sum(levels >= candidate[..., None], axis=2, dtype=jnp.int32) >= count
-
-    def refine(i: Array, level: Array) -> Array:
-        higher = level | (jnp.ones((), unsigned) << (bits - 1 - i).astype(unsigned))
-        return jnp.where(enough(higher), higher, level)
-
-    zero = jnp.zeros(scores.shape[:2], unsigned)
-    level = jax.lax.fori_loop(0, bits, refine, zero)[..., None]
-    above = visible & (levels > level)
-    tied = visible & (levels == level)
-    room = count - jnp.sum(above, axis=2, dtype=jnp.int32)
-    keys = scores.shape[2]
-    position = jnp.arange(keys, dtype=jnp.int32)[None, None, :]
-
-    def later(i: Array, cut: Array) -> Array:
-        # The largest cut that leaves more than `room` ties from it on is one before the answer.
-        higher = cut + (1 << (steps - 1 - i)).astype(jnp.int32)
-        left = jnp.sum(tied & (position >= higher[..., None]), axis=2, dtype=jnp.int32)
-        return jnp.where(left > room, higher, cut)
-
-    steps = keys.bit_length()
-    few = jnp.sum(tied, axis=2, dtype=jnp.int32) <= room
-    # No step at all where ties fit in every row, as they nearly always do.
-    steps_needed = jnp.where(jnp.all(few), 0, steps)
-    cut = jax.lax.fori_loop(0, steps_needed, later, jnp.zeros(scores.shape[:2], jnp.int32))
-    first = jnp.where(few, 0, cut + 1)[..., None]
-    return above | (tied & (position >= first))
-
-
-def _ordered(scores: Float[Array, "*rest"]) -> Array:
-    """Unsigned integers in the order of the scores; -0 equals 0, and no score becomes 0."""
-    signed, unsigned = (
-        (jnp.int64, jnp.uint64) if scores.dtype == jnp.float64 else (jnp.int32, jnp.uint32)
-    )
-    scores = jnp.where(scores == 0, jnp.zeros((), scores.dtype), scores)
-    bits = jax.lax.bitcast_convert_type(scores, signed)
-    top = jnp.asarray(jnp.iinfo(signed).min, signed)
-    flipped = jnp.where(bits < 0, ~bits, bits ^ top)
-    return jax.lax.bitcast_convert_type(flipped, unsigned)
-
-
-def _as_lists(member: Bool[Array, "B T S"], slots: int) -> Int[Array, "B T 1 P"]:
-    """The marked keys, ascending, -1 trailing."""
-    keys = member.shape[2]
-    number = jnp.arange(keys, dtype=jnp.int32)[None, None, :]
-    lists = jnp.sort(jnp.where(member, number, keys), axis=2)[..., :slots]
-    return jnp.where(lists == keys, -1, lists)[:, :, None]
+    """The ``count`` visible keys with the largest scores of each row; the later of equal ones."""
+    needed = jnp.full(scores.shape[:2], count, jnp.int32)
+    return heaviest(scores, visible.astype(jnp.int32), needed)
 
 
 def _nearest_first(
@@ -432,7 +374,7 @@ class DSAAttention(nnx.Module):
             live = token < cache.length[:, None]
         index_rows = IndexRows(index_q, weight, *visible_keys(rows))
 
-        decoding = cache is not None and tokens <= GATHER_ROWS
+        decoding = cache is not None and tokens <= FEW_ROWS
         if attend != "sparse":
             out = ranged_attention(
                 q, k, v, rows.start, rows.index + 1, implementation=config.implementation
@@ -460,7 +402,7 @@ class DSAAttention(nnx.Module):
         selection = None
         if inspect:
             member = top_tokens(*index_scores(index_rows, index_k), config.selected_tokens)
-            lists = _as_lists(member, min(config.selected_tokens, k.shape[1]))
+            lists = listed(member[:, :, None], min(config.selected_tokens, k.shape[1]))
             selection = Selection(lists, block_size=1)
             measured = metrics.measure(q, k, v, selection, rows, config=config, shape=self.shape)
         return out, cache, Aux(loss=loss, metrics=measured, selection=selection)

@@ -36,7 +36,7 @@ from sparse_attn.cache import check_capacity
 from sparse_attn.documents import Rows, place_rows
 from sparse_attn.hash_cache import HashCache, append, empty_cache
 from sparse_attn.hash_mapping import Mapping, MappingKind
-from sparse_attn.hash_selection import FINEST_FRACTION, Amount, as_fraction, by_lists, key_lists
+from sparse_attn.hash_selection import FINEST_FRACTION, Amount, by_lists, key_lists
 from sparse_attn.hash_training import fit_loss
 from sparse_attn.registry import MechanismConfig, register
 from sparse_attn.types import Attend, Aux, Heads, HeadShape, Implementation, Selection
@@ -153,11 +153,7 @@ class HashAttention(MechanismConfig):
         per_list = self.budget if isinstance(self.budget, tuple) else (self.budget,)
         attended = 0.0
         for amount in per_list:
-            if isinstance(amount, float):
-                ratio = as_fraction(amount)
-                chosen = -(-seen * ratio.numerator // ratio.denominator)
-            else:
-                chosen = np.full_like(seen, amount)
+            chosen = selection.budget_at(amount, seen)
             attended += float(np.minimum(seen, self.sinks + self.recent + chosen).sum())
         return attended / len(per_list) / float(seen.sum())
 

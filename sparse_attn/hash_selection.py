@@ -7,8 +7,6 @@ query head has its own. E = N/J query heads stand behind a list; their scores ar
 from __future__ import annotations
 
 import dataclasses
-import math
-from fractions import Fraction
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax.numpy as jnp
@@ -19,6 +17,7 @@ from kernels_pallas.gather_decode import gather_tokens
 from kernels_pallas.hamming import Threshold, code_signs, hamming_select, hamming_threshold
 from sparse_attn.documents import Rows
 from sparse_attn.masked import masked_attention
+from sparse_attn.selecting import allowed_keys
 
 if TYPE_CHECKING:
     from sparse_attn.hash_attention import HashAttention
@@ -60,27 +59,14 @@ def candidates(config: HashAttention, rows: Rows, lists: int) -> Candidates:
     return Candidates(first, start, stop, last, budget)
 
 
-def budget_at(amount: Amount, seen: Int[Array, "*rest"]) -> Int[Array, "*rest"]:
+def budget_at(amount: Amount, seen: Any) -> Any:
     """Keys to select where ``seen`` tokens of the document are visible, in integers throughout."""
-    if isinstance(amount, int):
-        return jnp.full_like(seen, amount)
-    fraction = as_fraction(amount)
-    whole, part = seen // fraction.denominator, seen % fraction.denominator
-    above = part * fraction.numerator + fraction.denominator - 1
-    return whole * fraction.numerator + above // fraction.denominator
-
-
-def as_fraction(amount: float) -> Fraction:
-    """The ratio of small integers that a fractional budget stands for."""
-    return Fraction(amount).limit_denominator(FINEST_FRACTION)
+    return allowed_keys(amount, seen, FINEST_FRACTION)
 
 
 def slots(config: HashAttention, capacity: int, lists: int) -> int:
     """P: the longest list of any row within ``capacity`` tokens."""
-    most = max(
-        amount if isinstance(amount, int) else math.ceil(as_fraction(amount) * capacity)
-        for amount in config.amounts(lists)
-    )
+    most = max(budget_at(amount, capacity) for amount in config.amounts(lists))
     return min(capacity, config.sinks + config.recent + most)
 
 

@@ -31,15 +31,13 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.block_scores import Pooling, entry_lse, select_blocks
-from kernels_pallas.gather_decode import as_tokens
-from sparse_attn import metrics
-from sparse_attn.block_lists import attend_cached, attend_sequences
+from sparse_attn.block_lists import attend_blocks, inspect_blocks
 from sparse_attn.cache import check_capacity, checked_truncation, empty_blocks, write_blocks
 from sparse_attn.documents import Rows, place_rows
 from sparse_attn.pooled_keys import append_means, as_keys, empty_entries, mean_entries
 from sparse_attn.registry import MechanismConfig, register
 from sparse_attn.selecting import eligible_blocks, visible_entries
-from sparse_attn.types import Attend, Aux, Heads, HeadShape, Implementation, Selection
+from sparse_attn.types import Attend, Aux, Heads, HeadShape, Implementation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -303,10 +301,7 @@ class InfLLMV2Attention(nnx.Module):
         out = attend_blocks(config, q, k, v, None if dense else indices, rows, cache)
         if indices is None or not inspect:
             return out, cache, Aux.empty()
-        if cache is not None:
-            k, v = (x.astype(q.dtype) for x in as_tokens(cache.k, cache.v))
-        selection = Selection(indices, config.selection_block)
-        measured = metrics.measure(q, k, v, selection, rows, config=config, shape=self.shape)
+        measured, selection = inspect_blocks(config, self.shape, q, k, v, indices, rows, cache)
         return out, cache, dataclasses.replace(Aux.empty(), metrics=measured, selection=selection)
 
     def update_state(self, statistics: dict[str, Array]) -> None:
@@ -381,31 +376,6 @@ def choose_blocks(
         recent=config.local_blocks,
         lse=lse,
         budget=_row_budgets(config, rows, fine.shape[2], cached),
-        implementation=config.implementation,
-    )
-
-
-def attend_blocks(
-    config: InfLLMV2,
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K Hv"],
-    indices: Int[Array, "B T K P"] | None,
-    rows: Rows,
-    cache: InfLLMV2Cache | None = None,
-) -> Float[Array, "B T N Hv"]:
-    """Stage 6 over the new keys, or over those of a cache; everything without ``indices``."""
-    if cache is not None:
-        return attend_cached(
-            q, cache.k, cache.v, indices, rows, implementation=config.implementation
-        )
-    return attend_sequences(
-        q,
-        k,
-        v,
-        indices,
-        rows,
-        block=config.selection_block,
         implementation=config.implementation,
     )
 

@@ -24,15 +24,18 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.block_scores import Pooling, select_blocks
-from kernels_pallas.gather_decode import as_tokens
-from sparse_attn import metrics
-from sparse_attn.block_lists import attend_cached, attend_sequences, earlier_blocks
+from sparse_attn.block_lists import (
+    attend_blocks,
+    attend_sequences,
+    earlier_blocks,
+    inspect_blocks,
+)
 from sparse_attn.cache import check_capacity, checked_truncation, empty_blocks, write_blocks
 from sparse_attn.documents import Rows, place_rows
 from sparse_attn.pooled_keys import append_means, as_keys, empty_entries, mean_entries
 from sparse_attn.registry import MechanismConfig, register
 from sparse_attn.selecting import eligible_blocks
-from sparse_attn.types import Attend, Aux, Heads, HeadShape, Implementation, Selection
+from sparse_attn.types import Attend, Aux, Heads, HeadShape, Implementation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,26 +180,10 @@ class MoBAAttention(nnx.Module):
         if inspect or attend == "sparse":
             indices = checkpoint_name(choose_blocks(config, q, means, rows), "selection")
         lists = indices if attend == "sparse" else None
-        if cache is None:
-            out = attend_sequences(
-                q,
-                k,
-                v,
-                lists,
-                rows,
-                block=config.selection_block,
-                implementation=config.implementation,
-            )
-        else:
-            out = attend_cached(
-                q, cache.k, cache.v, lists, rows, implementation=config.implementation
-            )
+        out = attend_blocks(config, q, k, v, lists, rows, cache)
         if indices is None or not inspect:
             return out, cache, Aux.empty()
-        if cache is not None:
-            k, v = (x.astype(q.dtype) for x in as_tokens(cache.k, cache.v))
-        selection = Selection(indices, config.selection_block)
-        measured = metrics.measure(q, k, v, selection, rows, config=config, shape=self.shape)
+        measured, selection = inspect_blocks(config, self.shape, q, k, v, indices, rows, cache)
         return out, cache, dataclasses.replace(Aux.empty(), metrics=measured, selection=selection)
 
     def update_state(self, statistics: dict[str, Array]) -> None:

@@ -27,15 +27,14 @@ from jaxtyping import Array, Float, Int
 
 from kernels_pallas.block_scores import Pooling
 from sparse_attn import metrics, selector_gradient
+from sparse_attn.block_lists import attend_cached
 from sparse_attn.cache import check_capacity
 from sparse_attn.compression import Compression, CompressionKind, entry_count, split_pieces
 from sparse_attn.documents import Rows, place_rows
 from sparse_attn.nsa_branches import (
-    GATHER_ROWS,
     compressed_branch,
     everything_branch,
     selected_branch,
-    selected_branch_cached,
     window_branch,
     window_branch_cached,
 )
@@ -315,23 +314,25 @@ class NSAAttention(nnx.Module):
             cache = self._append_compressed(cache, *raw, rows, heads.rope)
             cache = dataclasses.replace(cache, length=cache.length + rows.appended)
             k_cmp, v_cmp = (entries.astype(q.dtype) for entries in cache.compressed)
-            if attend != "sparse" or inspect or tokens > GATHER_ROWS:
+            if attend != "sparse" or inspect:
                 k_slc, v_slc = (x.astype(q.dtype) for x in cache.selected)
 
         scores = compressed_branch(config, q, k_cmp, v_cmp, rows)
         indices = checkpoint_name(scores.indices, "selection")
-        if attend == "sparse":
-            if cache is not None and tokens <= GATHER_ROWS:
-                selected = selected_branch_cached(config, q, cache, indices, rows)
-            else:
-                selected = selected_branch(config, q, k_slc, v_slc, indices, rows)
-            if config.selector_gradient == "straight_through" and cache is None:
-                selected = selector_gradient.straight_through(
-                    selected, q, k_slc, v_slc, k_cmp, scores.lse, indices, rows, config
-                )
+        if attend != "sparse":
+            selected = everything_branch(config, q, k_slc, v_slc, rows).out
+        elif cache is not None:
+            selected = attend_cached(
+                q, cache.k_slc, cache.v_slc, indices, rows, implementation=config.implementation
+            )
         else:
-            selected = everything_branch(config, q, k_slc, v_slc, rows)
-        out = self._mix(heads.x, scores.out, selected.out, window.out)
+            branch = selected_branch(config, q, k_slc, v_slc, indices, rows)
+            if config.selector_gradient == "straight_through":
+                branch = selector_gradient.straight_through(
+                    branch, q, k_slc, v_slc, k_cmp, scores.lse, indices, rows, config
+                )
+            selected = branch.out
+        out = self._mix(heads.x, scores.out, selected, window.out)
 
         loss = jnp.zeros((), jnp.float32)
         if cache is None and (attend == "fit" or config.selector_gradient == "kl"):

@@ -10,7 +10,6 @@ from jaxtyping import Array, Float, Int
 
 from kernels_pallas.block_scores import BlockScores, block_scores
 from kernels_pallas.block_sparse import block_sparse_attention
-from kernels_pallas.gather_decode import gather_blocks
 from kernels_pallas.ranged import ranged_attention
 from sparse_attn.cache import read_ring, window_slots
 from sparse_attn.documents import Rows
@@ -20,9 +19,6 @@ from sparse_attn.types import AttentionOutput, merge
 if TYPE_CHECKING:
     from sparse_attn.nsa import NSA
     from sparse_attn.nsa_cache import NSACache
-
-GATHER_ROWS = 16
-"""Up to this many new tokens a call, selected blocks are gathered row by row (decode)."""
 
 
 def compressed_branch(
@@ -68,24 +64,6 @@ def selected_branch(
         v,
         indices,
         block_size=config.selection_block,
-        positions=rows.index,
-        implementation=config.implementation,
-    )
-
-
-def selected_branch_cached(
-    config: NSA,
-    q: Float[Array, "B T N H"],
-    cache: NSACache,
-    indices: Int[Array, "B T K P"],
-    rows: Rows,
-) -> AttentionOutput:
-    """o_slc of a few new tokens: the listed blocks are gathered from the cache."""
-    return gather_blocks(
-        q,
-        cache.k_slc,
-        cache.v_slc,
-        indices,
         positions=rows.index,
         implementation=config.implementation,
     )

@@ -32,9 +32,8 @@ from jaxtyping import Array, Float, Int
 
 from kernels_pallas.block_scores import Pooling, select_blocks
 from kernels_pallas.common import accumulation_dtype
-from kernels_pallas.gather_decode import as_tokens
 from sparse_attn import metrics
-from sparse_attn.block_lists import attend_cached, attend_sequences, earlier_blocks
+from sparse_attn.block_lists import attend_blocks, earlier_blocks, inspect_blocks
 from sparse_attn.cache import (
     check_capacity,
     checked_truncation,
@@ -48,7 +47,7 @@ from sparse_attn.documents import Rows, place_rows
 from sparse_attn.pooled_keys import append_entries, as_keys, empty_entries
 from sparse_attn.registry import MechanismConfig, register
 from sparse_attn.selecting import eligible_blocks
-from sparse_attn.types import Attend, Aux, Heads, HeadShape, Implementation, Rope, Selection
+from sparse_attn.types import Attend, Aux, Heads, HeadShape, Implementation, Rope
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,26 +269,10 @@ class SeerAttention(nnx.Module):
             indices = choose_blocks(config, gate_q, gate_k, rows, keys=room)
             indices = checkpoint_name(indices, "selection")
         lists = indices if attend == "sparse" else None
-        if cache is None:
-            out = attend_sequences(
-                q,
-                k,
-                v,
-                lists,
-                rows,
-                block=config.selection_block,
-                implementation=config.implementation,
-            )
-        else:
-            out = attend_cached(
-                q, cache.k, cache.v, lists, rows, implementation=config.implementation
-            )
+        out = attend_blocks(config, q, k, v, lists, rows, cache)
         if indices is None or not inspect:
             return out, cache, Aux(loss=loss)
-        if cache is not None:
-            k, v = (x.astype(q.dtype) for x in as_tokens(cache.k, cache.v))
-        selection = Selection(indices, config.selection_block)
-        measured = metrics.measure(q, k, v, selection, rows, config=config, shape=self.shape)
+        measured, selection = inspect_blocks(config, self.shape, q, k, v, indices, rows, cache)
         return out, cache, Aux(loss=loss, metrics=measured, selection=selection)
 
     def update_state(self, statistics: dict[str, Array]) -> None:

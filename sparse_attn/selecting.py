@@ -7,12 +7,31 @@ buffer is the grid of every document).
 
 from __future__ import annotations
 
+from fractions import Fraction
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from kernels_pallas.block_scores import Pooling
 from sparse_attn.documents import Rows
+
+FINEST_SHARE = 10_000
+"""Budgets that are shares of the keys seen are rounded to a denominator up to this."""
+
+
+def allowed_keys(budget: int | float, seen: Any, finest: int = FINEST_SHARE) -> Any:
+    """k_t: ``budget`` itself, or ceil(f * seen) for a share f of ``seen`` = t + 1 keys.
+
+    ``seen`` is an int or an integer array. The share is the nearest fraction with a denominator up
+    to ``finest``, and all arithmetic is in integers, so that no rounding depends on the dtype.
+    """
+    if isinstance(budget, int):
+        return budget + seen * 0
+    share = Fraction(budget).limit_denominator(finest)
+    p, q = max(share.numerator, 1), share.denominator
+    return seen // q * p + (seen % q * p + q - 1) // q
 
 
 def visible_entries(

@@ -30,6 +30,7 @@ from train.config import (
     save_run_config,
 )
 from train.data import TrainIterator, make_tokenizer, make_train_iterator
+from train.optimizer import parameter_name
 from train.reporting import Display, MetricsFile, Wandb, draw_loss_curve, show_library_messages
 from train.sharding import Placement, check_divisible, make_mesh
 from train.step import (
@@ -223,8 +224,10 @@ def frozen_arrays(config: RunConfig, state: TrainState) -> dict[str, list[Any]]:
     if config.objective == "language_model":
         return {}
     arrays = describe_arrays(state.params)
-    learning = describe_arrays(trained(config, state.params))
-    return {name: what for name, what in arrays.items() if name not in learning}
+    learning = jax.tree_util.tree_leaves_with_path(trained(config, state.params))
+    for path, _ in learning:
+        del arrays[parameter_name(path)]
+    return arrays
 
 
 def open_input(config: RunConfig, *, resumes: bool) -> TrainIterator:

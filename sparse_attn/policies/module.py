@@ -22,11 +22,13 @@ from kernels_pallas.common import accumulation_dtype
 from kernels_pallas.gather_decode import gather_decode
 from kernels_pallas.ranged import ranged_attention
 from sparse_attn import metrics
-from sparse_attn.cache import check_capacity, checked_truncation, write_rows
+from sparse_attn.cache import FEW_ROWS, check_capacity, checked_truncation, write_rows
 from sparse_attn.documents import Rows, place_rows
 from sparse_attn.masked import map_rows, masked_attention, rows_per_chunk
-from sparse_attn.policies.rules import Budget, Queries, allowed_keys, check_budget, listed
+from sparse_attn.policies.rules import Budget, Queries, check_budget
 from sparse_attn.registry import MechanismConfig, register
+from sparse_attn.selecting import allowed_keys
+from sparse_attn.top_keys import listed
 from sparse_attn.types import (
     Attend,
     AttentionOutput,
@@ -39,9 +41,6 @@ from sparse_attn.types import (
 )
 
 State = dict[str, Array]
-
-GATHER_ROWS = 16
-"""Up to this many new tokens a call, selected keys are gathered row by row (decode)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +120,7 @@ class Policy(MechanismConfig):
         keys = k.shape[1]
         queries = Queries(jax.lax.stop_gradient(q), rows.index, rows.start)
         slots = self.capacity(keys)
-        few = decoding and q.shape[1] <= GATHER_ROWS and 2 * slots < keys
+        few = decoding and q.shape[1] <= FEW_ROWS and 2 * slots < keys
         if few and self.implementation != "reference":
             indices = listed(self.member(queries, view, keys), slots)
             return gather_decode(

@@ -9,14 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from sparse_attn.policies.module import Policy, register_policy
-from sparse_attn.policies.rules import (
-    Queries,
-    forced_keys,
-    heaviest,
-    log_probabilities,
-    visible_keys,
-    vote,
-)
+from sparse_attn.policies.rules import Queries, forced_keys, log_probabilities, visible_keys, vote
 from sparse_attn.policies.scored import (
     ExactScores,
     ScoredPolicy,
@@ -24,6 +17,7 @@ from sparse_attn.policies.scored import (
     check_share,
     shared_lists,
 )
+from sparse_attn.top_keys import heaviest
 from sparse_attn.types import HeadShape
 
 

@@ -17,12 +17,12 @@ from sparse_attn.policies.rules import (
     Queries,
     allowed_per_list,
     forced_keys,
-    heaviest,
     logits,
     visible_keys,
     vote,
 )
 from sparse_attn.policies.scored import ScoredPolicy, shared_lists
+from sparse_attn.top_keys import heaviest
 from sparse_attn.types import HeadShape
 
 

@@ -13,11 +13,11 @@ from sparse_attn.policies.rules import (
     Queries,
     allowed_per_list,
     forced_keys,
-    heaviest,
     logits,
     visible_keys,
     vote,
 )
+from sparse_attn.top_keys import heaviest
 from sparse_attn.types import HeadShape
 
 Share = Literal["query", "group", "layer"]

@@ -13,16 +13,8 @@ from jaxtyping import Array, Bool, Float, Int
 from sparse_attn.cache import read_ring, write_ring, write_rows
 from sparse_attn.documents import Rows
 from sparse_attn.policies.module import Policy, State, register_policy, transposed
-from sparse_attn.policies.rules import (
-    Queries,
-    forced_keys,
-    heaviest,
-    listed,
-    log_probabilities,
-    logits,
-    members,
-    visible_keys,
-)
+from sparse_attn.policies.rules import Queries, forced_keys, log_probabilities, logits, visible_keys
+from sparse_attn.top_keys import heaviest, listed, members
 from sparse_attn.types import HeadShape
 
 RESOLUTION = 2.0**-10

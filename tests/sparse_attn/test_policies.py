@@ -33,7 +33,8 @@ from sparse_attn import (
     policy_attention,
 )
 from sparse_attn.policies.double_sparsity import rounded
-from sparse_attn.policies.rules import allowed_keys, heaviest, listed, members
+from sparse_attn.selecting import allowed_keys
+from sparse_attn.top_keys import heaviest, listed, members
 
 SHAPE = cases.SHAPES["G2"]
 N, K, G, H = 4, 2, 2, 8
