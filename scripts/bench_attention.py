@@ -211,11 +211,13 @@ def make_picks(options: argparse.Namespace, picks: str, length: int) -> Any:
     if picks == "checkpoint":
         from bench_checkpoint import checkpoint_picks
 
-        return checkpoint_picks(options.checkpoint, config, length, bench_sides.SHAPE.kv_heads)
+        return checkpoint_picks(
+            options.checkpoint, config, length, bench_sides.SMALL.heads.kv_heads
+        )
     make = {"replaced": bench_picks.replaced_picks, "uniform": bench_picks.uniform_picks}[picks]
     return make(
         length,
-        bench_sides.SHAPE.kv_heads,
+        bench_sides.SMALL.heads.kv_heads,
         config.selected_blocks,
         config.selection_block,
         initial=config.initial_blocks,
@@ -268,7 +270,7 @@ class PeerError(Exception):
 
 def peer_side(options: argparse.Namespace, name: str, length: int, direction: str) -> Side:
     """A process of its own that measures on request: PyTorch, or our layer beside its layer."""
-    from bench_sides import SHAPE, Side, columns
+    from bench_sides import SMALL, Side, columns
 
     config = nsa_config(options)
     known: dict[str, Any] = {"direction": direction, "length": length}
@@ -298,7 +300,7 @@ def peer_side(options: argparse.Namespace, name: str, length: int, direction: st
         **{"command": "prepare", "side": name, "direction": direction, "length": length},
         **{"threads": options.threads, "config": dataclasses.asdict(config)},
         **{"memory_limit_bytes": int(options.peer_memory_gib * 2**30)},
-        **dataclasses.asdict(SHAPE),
+        **dataclasses.asdict(SMALL.heads),
         **{
             key: getattr(config, key)
             for key in (

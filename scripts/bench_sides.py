@@ -1,6 +1,6 @@
-"""What bench_attention.py measures: every side is one compiled call and what is known about it.
+"""What bench_attention.py and bench_device.py measure: a side is one compiled call, described.
 
-Sizes B=1, N=8, K=2, H=64, D=512, float32. A side of direction "decode" holds ``STEPS`` steps in one
+A side of direction "decode" holds ``STEPS`` steps in one
 call, so that the time to launch a call does not hide a step of a tenth of a millisecond.
 """
 
@@ -28,7 +28,6 @@ from sparse_attn import MECHANISMS, NSA, Dense, MechanismConfig
 from sparse_attn.registry import build_mechanism
 from sparse_attn.types import Heads, HeadShape
 
-SHAPE = HeadShape(query_heads=8, kv_heads=2, head_width=64, value_width=64, model_width=512)
 STEPS = 16
 COLUMNS = (
     *("op", "mechanism", "picks", "union_ratio", "implementation", "direction", "length"),
@@ -37,6 +36,18 @@ COLUMNS = (
 )
 # Slow frequencies only (see ``queries``), so that a query's picks drift instead of spinning.
 ROPE = RopeConfig(theta=1e6)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What all sides of a run share; the default is a laptop's."""
+
+    heads: HeadShape
+    dtype: str = "float32"
+    batch: int = 1
+
+
+SMALL = Sizes(HeadShape(8, 2, 64, 64, 512))
 
 
 @dataclasses.dataclass
@@ -70,32 +81,41 @@ def compile_call(function: Callable[..., Any], *args: Any, donate: tuple[int, ..
     return compiled, compiled.memory_analysis().temp_size_in_bytes
 
 
-def normal(shape: tuple[int, ...], seed: int) -> Array:
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, dtype=np.float32))
+def normal(shape: tuple[int, ...], seed: int, dtype: str = "float32") -> Array:
+    draw = np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+    return jnp.asarray(draw, dtype)
 
 
-def queries(length: int, memory: float, seed: int = 1) -> Array:
-    """[1, T, N, H] in the slowly rotating half of the dims; ``memory`` as in ``drifting``."""
-    array = drifting((1, length, SHAPE.query_heads, SHAPE.head_width), memory, seed)
-    half = SHAPE.head_width // 2
-    fast = np.arange(SHAPE.head_width) % half < half // 2
-    return jnp.asarray(np.where(fast[None, None, None], 0.0, array * 2**0.5).astype(np.float32))
+def queries(length: int, memory: float, sizes: Sizes = SMALL, seed: int = 1) -> Array:
+    """[B, T, N, H] in the slowly rotating half of the dims; ``memory`` as in ``drifting``."""
+    heads, width = sizes.heads.query_heads, sizes.heads.head_width
+    array = drifting((sizes.batch, length, heads, width), memory, seed)
+    half = width // 2
+    fast = np.arange(width) % half < half // 2
+    return jnp.asarray(np.where(fast[None, None, None], 0.0, array * 2**0.5), sizes.dtype)
 
 
-def qkv(length: int) -> tuple[Array, Array, Array]:
-    keys = (1, length, SHAPE.kv_heads, SHAPE.head_width)
-    return queries(length, 0.0), normal(keys, 2), normal(keys, 3)
+def qkv(length: int, sizes: Sizes = SMALL, rows: int | None = None) -> tuple[Array, Array, Array]:
+    """Queries for ``rows`` tokens (all by default), keys and values for ``length``."""
+    keys = (sizes.batch, length, sizes.heads.kv_heads, sizes.heads.head_width)
+    q = queries(length if rows is None else rows, 0.0, sizes)
+    return q, normal(keys, 2, sizes.dtype), normal(keys, 3, sizes.dtype)
 
 
 # Training and prefill: the selected branch alone, and whole modules
 
 
 def selected_branch_side(
-    config: NSA, indices: np.ndarray, picks: str, direction: str, tile: int
+    config: NSA,
+    indices: np.ndarray,
+    picks: str,
+    direction: str,
+    tile: int,
+    sizes: Sizes = SMALL,
 ) -> Side:
     """``block_sparse_attention`` on given picks, the building of its lists included."""
     length = indices.shape[1]
-    q, k, v = qkv(length)
+    q, k, v = qkv(length, sizes)
     lists = jnp.asarray(indices)
 
     def attend(q: Array, k: Array, v: Array, lists: Array) -> Array:
@@ -103,7 +123,7 @@ def selected_branch_side(
             q, k, v, lists, block_size=config.selection_block, implementation=config.implementation
         ).out
 
-    call, temp_bytes = _directed(attend, direction, (q, k, v), (lists,))
+    call, temp_bytes = directed(attend, direction, (q, k, v), (lists,))
     known = columns(
         op="block_sparse",
         mechanism="nsa",
@@ -124,18 +144,20 @@ def module_side(
     picks: str | None,
     direction: str,
     tile: int,
+    sizes: Sizes = SMALL,
 ) -> Side:
     """A whole mechanism from un-rotated heads to its output: rotation, selection, gates, all."""
-    module = build_mechanism(config, SHAPE, rngs=nnx.Rngs(0))
+    module = build_mechanism(config, sizes.heads, rngs=nnx.Rngs(0))
     graph, parameters, variables = nnx.split(module, nnx.Param, ...)
-    inputs = module_inputs(config, length, memory)
+    inputs = module_inputs(config, length, memory, sizes)
 
     def attend(parameters: Any, q: Array, k: Array, v: Array, x: Array) -> Array:
         module = nnx.merge(graph, parameters, variables)
-        return module(Heads(q=q, k=k, v=v, x=x, rope=make_rope(ROPE, SHAPE.head_width)))[0]
+        rope = make_rope(ROPE, sizes.heads.head_width)
+        return module(Heads(q=q, k=k, v=v, x=x, rope=rope))[0]
 
-    call, temp_bytes = _directed(attend, direction, (parameters, *inputs))
-    found = None if picks is None else own_picks(config, length, memory)
+    call, temp_bytes = directed(attend, direction, (parameters, *inputs))
+    found = None if picks is None else own_picks(config, length, memory, sizes)
     known = columns(
         op="module",
         mechanism=mechanism_name(config),
@@ -149,45 +171,51 @@ def module_side(
     return Side(known, lambda: timed(call))
 
 
-def module_inputs(config: MechanismConfig, length: int, memory: float) -> tuple[Array, ...]:
+def module_inputs(
+    config: MechanismConfig, length: int, memory: float, sizes: Sizes = SMALL
+) -> tuple[Array, ...]:
     """q, k, v (with the branch axis R) and the layer input."""
-    keys = (config.kv_branches, 1, length, SHAPE.kv_heads, SHAPE.head_width)
-    x = normal((1, length, SHAPE.model_width), 4)
-    return queries(length, memory), normal(keys, 2), normal(keys, 3), x
+    heads, dtype = sizes.heads, sizes.dtype
+    keys = (config.kv_branches, sizes.batch, length, heads.kv_heads, heads.head_width)
+    x = normal((sizes.batch, length, heads.model_width), 4, dtype)
+    return queries(length, memory, sizes), normal(keys, 2, dtype), normal(keys, 3, dtype), x
 
 
-def own_picks(config: NSA, length: int, memory: float) -> np.ndarray:
+def own_picks(config: NSA, length: int, memory: float, sizes: Sizes = SMALL) -> np.ndarray:
     """The blocks that the module itself selects."""
-    parameters, select = _selector(config)
-    return np.asarray(select(parameters, *module_inputs(config, length, memory)))
+    parameters, select = _selector(config, sizes)
+    return np.asarray(select(parameters, *module_inputs(config, length, memory, sizes)))
 
 
 @functools.lru_cache(maxsize=1)
-def _selector(config: NSA) -> tuple[Any, Callable[..., Array]]:
-    graph, parameters = nnx.split(build_mechanism(config, SHAPE, rngs=nnx.Rngs(0)))
+def _selector(config: NSA, sizes: Sizes) -> tuple[Any, Callable[..., Array]]:
+    graph, parameters = nnx.split(build_mechanism(config, sizes.heads, rngs=nnx.Rngs(0)))
 
     @jax.jit
     def select(parameters: Any, q: Array, k: Array, v: Array, x: Array) -> Array:
-        heads = Heads(q=q, k=k, v=v, x=x, rope=make_rope(ROPE, SHAPE.head_width))
+        heads = Heads(q=q, k=k, v=v, x=x, rope=make_rope(ROPE, sizes.heads.head_width))
         return nnx.merge(graph, parameters)(heads, inspect=True)[2].selection.indices
 
     return parameters, select
 
 
 @functools.lru_cache(maxsize=8)
-def memory_for(config: NSA, fraction: float, length: int = 4096) -> float:
+def memory_for(config: NSA, fraction: float, length: int = 4096, sizes: Sizes = SMALL) -> float:
     """How sluggish queries must be for the module to replace ``fraction`` of its picks a token."""
     low, high = 1.0, 12.0  # memory = 1 - exp(-x)
     for _ in range(6):
         middle = (low + high) / 2
-        if replaced_fraction(own_picks(config, length, 1 - float(np.exp(-middle)))) > fraction:
+        if (
+            replaced_fraction(own_picks(config, length, 1 - float(np.exp(-middle)), sizes))
+            > fraction
+        ):
             low = middle
         else:
             high = middle
     return 1 - float(np.exp(-high))
 
 
-def _directed(
+def directed(
     attend: Callable[..., Array],
     direction: str,
     differentiable: tuple[Any, ...],
@@ -197,8 +225,8 @@ def _directed(
     if direction == "forward":
         compiled, temp_bytes = compile_call(attend, *differentiable, *constant)
         return lambda: jax.block_until_ready(compiled(*differentiable, *constant)), temp_bytes
-    shape = jax.eval_shape(attend, *differentiable, *constant).shape
-    cotangent = normal(shape, 5)
+    shape = jax.eval_shape(attend, *differentiable, *constant)
+    cotangent = normal(shape.shape, 5, shape.dtype)
 
     def gradients(differentiable: Any, constant: Any, cotangent: Array) -> Any:
         out, pull = jax.vjp(lambda *args: attend(*args, *constant), *differentiable)
@@ -218,7 +246,7 @@ def _repeated(step: Callable[[Array, Array], Array], q: Array) -> Array:
     """``STEPS`` steps, each waiting for the one before, none of them alike."""
 
     def body(i: Array, q: Array) -> Array:
-        return q + 1e-3 * step(i, q)
+        return q + (1e-3 * step(i, q)).astype(q.dtype)
 
     return jax.lax.fori_loop(0, STEPS, body, q)
 
@@ -226,30 +254,30 @@ def _repeated(step: Callable[[Array, Array], Array], q: Array) -> Array:
 DENSE_DECODE = ("einsum", "einsum_head_major", "einsum_transposed", "jax_nn", "ranged")
 
 
-def dense_decode_side(length: int, name: str) -> Side:
+def dense_decode_side(length: int, name: str, sizes: Sizes = SMALL) -> Side:
     """One query against a full cache, in one of XLA's ways; the fastest is the yardstick."""
-    q, k, v = qkv(length)
-    q = q[:, :1]
-    group = SHAPE.query_heads // SHAPE.kv_heads
-    scale = SHAPE.head_width**-0.5
+    q, k, v = qkv(length, sizes, 1)
+    B, K, H = sizes.batch, sizes.heads.kv_heads, sizes.heads.head_width
+    group = sizes.heads.query_heads // K
+    scale = H**-0.5
 
     def token_major(q: Array, k: Array, v: Array) -> Array:
-        grouped = q.reshape(1, 1, SHAPE.kv_heads, group, SHAPE.head_width)
+        grouped = q.reshape(B, 1, K, group, H)
         logits = jnp.einsum("BTKGH,BSKH->BTKGS", grouped, k) * scale
         return jnp.einsum("BTKGS,BSKH->BTKGH", jax.nn.softmax(logits, -1), v).reshape(q.shape)
 
     def head_major(q: Array, k: Array, v: Array) -> Array:
-        grouped = q.reshape(1, SHAPE.kv_heads, group, SHAPE.head_width)
+        grouped = q.reshape(B, K, group, H)
         logits = jnp.einsum("BKGH,BKSH->BKGS", grouped, k) * scale
         return jnp.einsum("BKGS,BKSH->BKGH", jax.nn.softmax(logits, -1), v).reshape(q.shape)
 
     def transposed(q: Array, k: Array, v: Array) -> Array:
-        grouped = q.reshape(1, SHAPE.kv_heads, group, SHAPE.head_width)
+        grouped = q.reshape(B, K, group, H)
         logits = jnp.einsum("BKGH,BKHS->BKGS", grouped, k) * scale
         return jnp.einsum("BKGS,BKSH->BKGH", jax.nn.softmax(logits, -1), v).reshape(q.shape)
 
     def ranged(q: Array, k: Array, v: Array) -> Array:
-        edge = jnp.zeros((1, 1), jnp.int32)
+        edge = jnp.zeros((B, 1), jnp.int32)
         return ranged_attention(q, k, v, edge, edge + length).out
 
     attend = {
@@ -278,14 +306,17 @@ def dense_decode_side(length: int, name: str) -> Side:
     return Side(known, _steps(lambda: compiled(q, k, v)))
 
 
-def gather_decode_side(config: NSA, length: int, indices: np.ndarray, picks: str) -> Side:
+def gather_decode_side(
+    config: NSA, length: int, indices: np.ndarray, picks: str, sizes: Sizes = SMALL
+) -> Side:
     """``gather_blocks`` for the last query, with the picks of ``STEPS`` consecutive tokens."""
-    q, k, v = qkv(length)
-    size = config.selection_block
-    k = k.reshape(1, -1, size, *k.shape[2:]).transpose(0, 3, 1, 4, 2)
-    v = v.reshape(1, -1, size, *v.shape[2:]).transpose(0, 3, 1, 2, 4)
-    lists = jnp.asarray(indices[:, -STEPS:].swapaxes(0, 1)[:, :, None])  # [STEPS, B, 1, K, P]
-    last = jnp.full((1, 1), length - 1, jnp.int32)
+    q, k, v = qkv(length, sizes, 1)
+    B, size = sizes.batch, config.selection_block
+    k = k.reshape(B, -1, size, *k.shape[2:]).transpose(0, 3, 1, 4, 2)
+    v = v.reshape(B, -1, size, *v.shape[2:]).transpose(0, 3, 1, 2, 4)
+    lists = jnp.asarray(indices[:, -STEPS:].swapaxes(0, 1)[:, :, None])  # [STEPS, 1, 1, K, P]
+    lists = jnp.broadcast_to(lists, (len(lists), B, *lists.shape[2:]))
+    last = jnp.full((B, 1), length - 1, jnp.int32)
 
     def steps(q: Array, k: Array, v: Array, lists: Array) -> Array:
         def attend(i: Array, q: Array) -> Array:
@@ -300,7 +331,7 @@ def gather_decode_side(config: NSA, length: int, indices: np.ndarray, picks: str
 
         return _repeated(attend, q)
 
-    compiled, temp_bytes = compile_call(steps, q[:, :1], k, v, lists)
+    compiled, temp_bytes = compile_call(steps, q, k, v, lists)
     known = columns(
         op="gather_decode",
         mechanism="nsa",
@@ -311,18 +342,18 @@ def gather_decode_side(config: NSA, length: int, indices: np.ndarray, picks: str
         temp_bytes=temp_bytes,
         byte_ceiling=length / min(config.selected_blocks * config.selection_block, length),
     )
-    return Side(known, _steps(lambda: compiled(q[:, :1], k, v, lists)))
+    return Side(known, _steps(lambda: compiled(q, k, v, lists)))
 
 
-def module_decode_side(config: MechanismConfig, length: int) -> Side:
+def module_decode_side(config: MechanismConfig, length: int, sizes: Sizes = SMALL) -> Side:
     """Whole steps of a mechanism on a cache that holds ``length`` tokens, the cache in place."""
-    module = build_mechanism(config, SHAPE, rngs=nnx.Rngs(0))
+    module = build_mechanism(config, sizes.heads, rngs=nnx.Rngs(0))
     graph, parameters = nnx.split(module)
-    q, k, v, x = module_inputs(config, STEPS, 0.0)
+    q, k, v, x = module_inputs(config, STEPS, 0.0, sizes)
     # Noise in place of a prefill, which would take longer than everything else together.
-    empty = module.init_cache(1, length + STEPS, jnp.float32)
+    empty = module.init_cache(sizes.batch, length + STEPS, jnp.dtype(sizes.dtype))
     cache = jax.tree.map(noise, empty)
-    full = np.full((1,), length, np.int32)
+    full = np.full((sizes.batch,), length, np.int32)
 
     def steps(parameters: Any, cache: Any, q: Array, k: Array, v: Array, x: Array) -> Any:
         module = nnx.merge(graph, parameters)
@@ -334,11 +365,11 @@ def module_decode_side(config: MechanismConfig, length: int) -> Side:
                 return jax.lax.dynamic_slice_in_dim(array, i, 1, axis)
 
             heads = Heads(
-                q=row(q, 1) + 1e-3 * out,
+                q=row(q, 1) + (1e-3 * out).astype(q.dtype),
                 k=row(k, 2),
                 v=row(v, 2),
                 x=row(x, 1),
-                rope=make_rope(ROPE, SHAPE.head_width),
+                rope=make_rope(ROPE, sizes.heads.head_width),
             )
             out, cache, _ = module(heads, cache)
             return cache, out
@@ -379,8 +410,8 @@ def module_decode_side(config: MechanismConfig, length: int) -> Side:
 
 def noise(leaf: Array) -> Array:
     """Random numbers or codes in the leaf's shape; positions and lengths stay."""
-    if leaf.dtype == jnp.float32:
-        return normal(leaf.shape, 6)
+    if jnp.issubdtype(leaf.dtype, jnp.floating):
+        return normal(leaf.shape, 6, leaf.dtype)
     if leaf.dtype == jnp.uint32:
         return jax.random.bits(jax.random.key(6), leaf.shape, jnp.uint32)
     return leaf
@@ -409,19 +440,19 @@ def _steps(call: Callable[[], Any]) -> Callable[[], dict[str, float]]:
 
 def layer_call(config: NSA, length: int, direction: str) -> tuple[Callable[[], Any], int]:
     """The layer on [1, T, D] and its temporary bytes."""
-    heads, keys, width = SHAPE.query_heads, SHAPE.kv_heads, SHAPE.head_width
+    shape = SMALL.heads
+    heads, keys, width, D = shape.query_heads, shape.kv_heads, shape.head_width, shape.model_width
     branches = config.kv_branches
-    graph, parameters = nnx.split(build_mechanism(config, SHAPE, rngs=nnx.Rngs(0)))
+    graph, parameters = nnx.split(build_mechanism(config, shape, rngs=nnx.Rngs(0)))
     sizes = {
-        "norm": (SHAPE.model_width,),
-        "q": (SHAPE.model_width, heads, width),
-        "k": (branches, SHAPE.model_width, keys, width),
-        "v": (branches, SHAPE.model_width, keys, width),
-        "out": (heads, width, SHAPE.model_width),
+        "norm": (D,),
+        "q": (D, heads, width),
+        "k": (branches, D, keys, width),
+        "v": (branches, D, keys, width),
+        "out": (heads, width, D),
     }
     weights = {
-        name: normal(shape, 7 + seed) * SHAPE.model_width**-0.5
-        for seed, (name, shape) in enumerate(sizes.items())
+        name: normal(size, 7 + seed) * D**-0.5 for seed, (name, size) in enumerate(sizes.items())
     }
 
     def layer(parameters: Any, weights: dict[str, Array], x: Array) -> Array:
@@ -437,8 +468,8 @@ def layer_call(config: NSA, length: int, direction: str) -> tuple[Callable[[], A
         )
         return jnp.einsum("BTNH,NHD->BTD", module(projected)[0], weights["out"])
 
-    x = normal((1, length, SHAPE.model_width), 4)
-    return _directed(layer, direction, (parameters, weights, x))
+    x = normal((1, length, D), 4)
+    return directed(layer, direction, (parameters, weights, x))
 
 
 def serve_layer(lines: Any, answer: Callable[[str], None], peak: Callable[[], int]) -> None:

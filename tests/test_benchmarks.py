@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -124,3 +125,29 @@ def test_mistakes_are_refused(arguments):
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 2
     assert arguments[1] in run.stderr
+
+
+def test_device_benchmark_writes_rows_and_records_what_cannot_run(tmp_path):
+    command = [sys.executable, SCRIPTS / "bench_device.py", "--json-folder", tmp_path]
+    sizes = ["--query-heads", "4", "--kv-heads", "1", "--head-width", "16", "--dtype", "float32"]
+    effort = ["--suites", "selected", "--lengths", "128", "--repetitions", "1", "--name", "chip"]
+    run = subprocess.run([*command, *sizes, *effort], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    rows = json.loads((tmp_path / "chip_selected.json").read_text())
+    assert all(row.keys() >= {"device", "driver", "jax", "date"} for row in rows)
+    triton = [row for row in rows if row["implementation"] == "flash-linear-attention"]
+    ours = [row for row in rows if row["op"] == "block_sparse" and row not in triton]
+    assert len(ours) == len(triton) == 4
+    assert all("No module named" in row["error"] and row["seconds"] is None for row in triton)
+    assert all(row["error"] is None and row["ratio_to_dense"] > 0 for row in ours)
+    # 128 causal queries see 128 * 129 / 2 keys, all of them selected.
+    flops = 2 * 128 * 129 / 2 * 4 * (16 + 16)
+    assert [row["flops"] for row in ours if row["direction"] == "forward"] == [flops] * 2
+
+
+def test_device_check_refuses_a_machine_without_an_accelerator(tmp_path):
+    script = [SCRIPTS / "device_check.sh", tmp_path]
+    environment = os.environ | {"PYTHON": sys.executable, "JAX_PLATFORMS": "cpu"}
+    run = subprocess.run(script, capture_output=True, text=True, env=environment)
+    assert run.returncode == 1
+    assert "no accelerator" in run.stderr
