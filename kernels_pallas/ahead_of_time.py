@@ -3,14 +3,22 @@
     compiled = compile_for_tpu(function, *shapes, chip="v6e")
     compiled.memory_analysis().temp_size_in_bytes
 
-``shapes`` are arrays or ``jax.ShapeDtypeStruct``. libtpu (the ``tpu`` extra) compiles without a
-TPU; for GPUs the lowering to Mosaic is as far as a machine without CUDA can go.
+``shapes`` are arrays or ``jax.ShapeDtypeStruct``. libtpu compiles without a TPU; for GPUs the
+lowering to Mosaic is as far as a machine without CUDA can go.
+
+Where jax can import libtpu it tries to start a TPU in every process. A machine without one better
+keeps it apart, where only this module finds it::
+
+    pip install --target "$VIRTUAL_ENV/ahead_of_time" libtpu
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -37,7 +45,7 @@ def compile_for_tpu(function: Callable[..., Any], *shapes: Any, chip: str = "v5e
 
     Raises:
       ValueError: for an unknown generation.
-      RuntimeError: if libtpu is not installed.
+      RuntimeError: if libtpu is neither importable, nor named by TPU_LIBRARY_PATH, nor kept apart.
     """
     if chip not in TPU_CHIPS:
         raise ValueError(f"{chip=} is unknown; use one of {sorted(TPU_CHIPS)}")
@@ -45,10 +53,16 @@ def compile_for_tpu(function: Callable[..., Any], *shapes: Any, chip: str = "v5e
         # Where jax found no metadata service at import, it left its warning as the value.
         if os.environ.get(name, "WARNING").startswith("WARNING"):
             os.environ[name] = value
+    apart = Path(sys.prefix, "ahead_of_time", "libtpu", "libtpu.so")
+    if apart.exists() and importlib.util.find_spec("libtpu") is None:
+        os.environ.setdefault("TPU_LIBRARY_PATH", str(apart))
     try:
         topology = topologies.get_topology_desc(TPU_CHIPS[chip], platform="tpu")
     except Exception as error:
-        raise RuntimeError(f"libtpu is not available ({error}); pip install libtpu") from error
+        raise RuntimeError(
+            f"libtpu is not available ({error}); install it with "
+            f"'pip install --target {apart.parent.parent} libtpu'"
+        ) from error
     device: Any = topology.devices[0]
     mesh = jax.sharding.Mesh([device], ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     sharding = NamedSharding(mesh, PartitionSpec())

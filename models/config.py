@@ -38,7 +38,9 @@ class ModelConfig:
     ``attention_overrides`` are pairs (layer number, config) for layers with a mechanism, or just
     budgets, of their own.
     ``value_width`` None means ``head_width``. ``query_key_norm`` puts an RMSNorm on every query and
-    key head before rotation; ``qkv_bias`` adds biases to those three projections.
+    key head before rotation; ``qkv_bias`` adds biases to those three projections, 0 at first, or
+    drawn from N(0, ``qkv_bias_scale``^2): rotated biases attend by distance alone, which queries
+    and keys without them, all content, have to learn.
     ``embedding_multiplier`` scales token embeddings on the way in (not as output weights).
     ``scan_layers`` stacks alike consecutive layers and scans over them where no cache is given.
     ``remat`` says what a backward pass keeps of a layer: "none" keeps everything, "full" only its
@@ -66,6 +68,7 @@ class ModelConfig:
     norm_epsilon: float = 1e-6
     query_key_norm: bool = False
     qkv_bias: bool = False
+    qkv_bias_scale: float = 0.0
     tie_embeddings: bool = True
     embedding_multiplier: float = 1.0
     scan_layers: bool = True
@@ -91,6 +94,11 @@ class ModelConfig:
             raise ValueError(
                 f"layers {twice} are named more than once in dense_layers={self.dense_layers} and "
                 "attention_overrides; name each in one of them"
+            )
+        if self.qkv_bias_scale < 0 or (self.qkv_bias_scale and not self.qkv_bias):
+            raise ValueError(
+                f"qkv_bias_scale={self.qkv_bias_scale} must not be negative, and 0 unless qkv_bias "
+                f"is set; qkv_bias={self.qkv_bias}"
             )
         if self.norm_epsilon <= 0:
             raise ValueError(f"norm_epsilon={self.norm_epsilon} must be positive")

@@ -59,9 +59,9 @@ class Attention(nnx.Module):
         self.v = normal(rngs, (R, D, K, Hv), D**-0.5, dtype)
         self.o = normal(rngs, (N, Hv, D), (N * Hv * 2 * config.layers) ** -0.5, dtype)
         if config.qkv_bias:
-            self.q_bias = nnx.Param(jnp.zeros((N, H), dtype))
-            self.k_bias = nnx.Param(jnp.zeros((R, K, H), dtype))
-            self.v_bias = nnx.Param(jnp.zeros((R, K, Hv), dtype))
+            self.q_bias = normal(rngs, (N, H), config.qkv_bias_scale, dtype)
+            self.k_bias = normal(rngs, (R, K, H), config.qkv_bias_scale, dtype)
+            self.v_bias = normal(rngs, (R, K, Hv), config.qkv_bias_scale, dtype)
         if config.query_key_norm:
             self.q_norm = RMSNorm((H,), config.norm_epsilon, dtype)
             self.k_norm = RMSNorm((R, H), config.norm_epsilon, dtype)

@@ -4,7 +4,9 @@
     python scripts/compare_mechanisms.py --tasks mqar --mechanisms dense,nsa --seeds 0 --steps 200
 
 Two layers, equal steps. ``mqar``: associative recall at T=512 with 16 bindings whose evidence lies
-beyond every window, accuracy on 2048 fresh samples, read through the cache in chunks. ``text``: the
+beyond every window, accuracy on 2048 fresh samples, read through the cache in chunks. Training goes
+from short samples with few bindings to long ones (``CURRICULUM``, the same for all), without which
+two layers learn which values there are and not which belongs to which key. ``text``: the
 quickstart's text at T=512, bits per byte on its held-out documents. The core mechanisms run three
 seeds, the others one. HashAttention and SeerAttention start from the trained dense model of their
 seed and fit their selectors to it, the language model frozen.
@@ -43,7 +45,15 @@ TASKS = {"mqar": "accuracy", "text": "bits_per_byte"}
 LENGTH = 512
 EVALUATED = 2048
 CHUNK = 16
-STEPS = {"mqar": 600, "text": 200}
+# Before the full task: steps, T, most bindings of a sample, samples of a batch. Up to T=48 every
+# token after the bindings is a question; then there is filler as in the full task.
+CURRICULUM = (
+    *((300, 8, 2, 192), (60, 16, 4, 96), (60, 32, 8, 48), (80, 48, 16, 32)),
+    *((80, 128, 16, 32), (80, 256, 16, 16)),
+)
+UNFILLED = 48
+MQAR_TASK: dict[str, Any] = {"length": LENGTH, "vocab_size": 128, "pairs": 16, "gap": 64}
+STEPS = {"mqar": 150, "text": 200}
 FIT_STEPS = {"mqar": 100, "text": 100}
 
 
@@ -173,8 +183,12 @@ def dense_folder(options: argparse.Namespace, task: str, seed: int) -> Path:
     return options.folder / f"{task}-dense-{seed}"
 
 
-def mechanism_configs() -> dict[str, MechanismConfig]:
-    """At most half of the causal pairs at T=512; every window ends before the evidence."""
+def mechanism_configs(task: str) -> dict[str, MechanismConfig]:
+    """At most half of the causal pairs at T=512; every window ends before the evidence.
+
+    ``text`` takes smaller budgets, with which the mechanisms differ more.
+    """
+    mqar = task == "mqar"
     from sparse_attn import DSA, NSA, Dense, HashAttention, InfLLMV2, MoBA, Routing, Seer
 
     return {
@@ -183,16 +197,16 @@ def mechanism_configs() -> dict[str, MechanismConfig]:
             compression_block=8,
             compression_stride=4,
             selection_block=8,
-            selected_blocks=8,
+            selected_blocks=14 if mqar else 8,
             window=32,
         ),
         "infllm_v2": InfLLMV2(
-            compression_block=8,
-            compression_stride=4,
+            compression_block=4 if mqar else 8,
+            compression_stride=2 if mqar else 4,
             coarse_block=16,
             coarse_stride=8,
             selection_block=8,
-            selected_blocks=12,
+            selected_blocks=18 if mqar else 12,
             window=32,
             dense_len=0,
         ),
@@ -215,29 +229,37 @@ def run_config(task: str, mechanism: str, seed: int, options: argparse.Namespace
     fitted = mechanism in FITTED
     chosen, by_task = (options.fit_steps, FIT_STEPS) if fitted else (options.steps, STEPS)
     mqar = task == "mqar"
+    before = 0 if fitted or not mqar else sum(steps for steps, *_ in CURRICULUM)
     return RunConfig(
         run_dir=str(dense_folder(options, task, seed)),
         seed=seed,
-        steps=chosen or by_task[task],
+        steps=before + (chosen or by_task[task]),
         objective="selector" if fitted else "language_model",
         init_from=str(dense_folder(options, task, seed)) if fitted else "",
         batch_size=16 if mqar else 4,
         sequence_length=LENGTH,
         model=ModelConfig(
-            vocab_size=512 if mqar else 4096,
+            # The byte tokenizer, which MQAR does not use, has 259 tokens.
+            vocab_size=259 if mqar else 4096,
             layers=2,
             model_width=64 if mqar else 128,
             query_heads=2 if mqar else 4,
             kv_heads=1 if mqar else 2,
             head_width=32,
             mlp_width=128 if mqar else 352,
-            attention=mechanism_configs()[mechanism],
+            embedding_multiplier=8.0 if mqar else 1.0,
+            qkv_bias=mqar,
+            qkv_bias_scale=0.5 if mqar else 0.0,
+            attention=mechanism_configs(task)[mechanism],
         ),
         tokenizer=TokenizerConfig(kind="bytes")
         if mqar
         else TokenizerConfig(kind="sentencepiece", vocab_size=4096),
         optimizer=OptimizerConfig(
-            learning_rate=4e-3 if mqar else 6e-3, warmup_steps=20, schedule="cosine"
+            learning_rate=3e-3 if mqar else 6e-3,
+            warmup_steps=50 if mqar else 20,
+            schedule="wsd" if mqar and not fitted else "cosine",
+            weight_decay=0.0 if mqar else 0.1,
         ),
     )
 
@@ -262,12 +284,14 @@ def run_one(task: str, mechanism: str, seed: int, options: argparse.Namespace) -
     compiled = step.lower(shapes, abstract_batch(config, placement)).compile()
     memory = compiled.memory_analysis()
     peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-    seconds = []
+    seconds, shape = [], (config.batch_size, config.sequence_length)
     for number, batch in zip(range(config.steps), batches(task, config), strict=False):
         begun = time.perf_counter()
-        state, metrics = compiled(state, placement.put_batch(batch))
+        full = batch["tokens"].shape == shape
+        state, metrics = (compiled if full else step)(state, placement.put_batch(batch))
         loss = float(metrics["loss"])
-        seconds.append(time.perf_counter() - begun)
+        if full:
+            seconds.append(time.perf_counter() - begun)
         if number % 20 == 0:
             print(f"{task} {mechanism} {seed}: step {number} loss {loss:.4f}", file=sys.stderr)
     if mechanism == "dense":
@@ -312,17 +336,26 @@ def batches(task: str, config: RunConfig) -> Iterator[dict[str, np.ndarray]]:
         yield from make_train_iterator(
             config.data, tokenizer, LENGTH, config.batch_size, alignment=16, seed=config.seed
         )
-    shape = (config.batch_size, LENGTH)
-    positions = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), shape)
-    for number in range(1 << 30):
-        samples = draw_samples(MQAR(), config.seed, config.batch_size, number * config.batch_size)
-        yield {
-            "tokens": samples.tokens,
-            "targets": samples.targets,
-            "weights": samples.weights,
-            "segment_ids": np.ones(shape, np.int32),
-            "positions": positions,
-        }
+    rng = np.random.default_rng([config.seed, 1])
+    drawn = 0
+    stages = () if config.init_from else CURRICULUM
+    full = (1 << 30, LENGTH, MQAR_TASK["pairs"], config.batch_size)
+    for steps, length, most, count in (*stages, full):
+        for _ in range(steps):
+            now = MQAR_TASK | {"length": length, "gap": MQAR_TASK["gap"] * length // LENGTH}
+            if length <= UNFILLED:
+                pairs = int(rng.integers(max(most // 2, 2), most + 1))
+                now |= {"pairs": pairs, "gap": 0, "question_rate": 1.0}
+            samples = draw_samples(MQAR(**now), config.seed, count, drawn)
+            drawn += count
+            shape = samples.tokens.shape
+            yield {
+                "tokens": samples.tokens,
+                "targets": samples.targets,
+                "weights": samples.weights,
+                "segment_ids": np.ones(shape, np.int32),
+                "positions": np.broadcast_to(np.arange(length, dtype=np.int32), shape),
+            }
 
 
 def score_mqar(
@@ -337,7 +370,7 @@ def score_mqar(
     from train.evaluation.mqar import MQAR, draw_samples
 
     graphdef, params, state = split(decoder.unstacked())
-    begin = MQAR().first_question // CHUNK * CHUNK
+    begin = MQAR(**MQAR_TASK).first_question // CHUNK * CHUNK
 
     @jax.jit
     def answers(params: Any, state: Any, tokens: Any) -> Any:
@@ -360,7 +393,7 @@ def score_mqar(
     size, right, asked = 64, 0, 0.0
     for first in range(0, options.evaluated, size):
         # Seeds from 2**20 on are never trained on.
-        samples = draw_samples(MQAR(), 2**20 + config.seed, size, first)
+        samples = draw_samples(MQAR(**MQAR_TASK), 2**20 + config.seed, size, first)
         found = np.asarray(answers(params, state, samples.tokens))
         weights = samples.weights[:, begin:]
         right += int(((found == samples.targets[:, begin:]) * weights).sum())

@@ -61,3 +61,15 @@ else
     "$venv/bin/python" -m pip install -qq --disable-pip-version-check --no-compile \
         -c constraints.txt -e "$requirement"
 fi
+
+# For compiling TPU kernels in tests; apart, because jax starts a TPU wherever it can import it.
+if [ "$requirement" = ".[dev]" ] && [ ! -e "$venv/ahead_of_time/libtpu" ]; then
+    echo "installing libtpu into $venv/ahead_of_time"
+    if command -v uv >/dev/null 2>&1; then
+        uv pip install --quiet --python "$venv/bin/python" -c constraints.txt --no-deps \
+            --target "$venv/ahead_of_time" libtpu
+    else
+        "$venv/bin/python" -m pip install -qq --disable-pip-version-check --no-compile --no-deps \
+            -c constraints.txt --target "$venv/ahead_of_time" libtpu
+    fi
+fi

@@ -152,12 +152,15 @@ class NSA(MechanismConfig):
         return dataclasses.replace(self, selected_blocks=blocks, gates=(0.0, 1.0, 0.0))
 
     def density(self, length: int) -> float:
-        """Upper bound of attended over causal pairs for one document: all branches, added up."""
+        """Upper bound of attended over causal pairs of one document, as if branches met in no key.
+
+        A compressed entry counts as one key.
+        """
         t = jnp.arange(1, length + 1)
         budget = self.selected_blocks * self.selection_block
         entries = jnp.maximum((t - self.compression_block) // self.compression_stride + 1, 0)
         attended = jnp.minimum(t, budget) + jnp.minimum(t, self.window) + entries
-        return float(jnp.sum(attended / jnp.sum(t)))
+        return float(jnp.sum(jnp.minimum(attended, t) / jnp.sum(t)))
 
     def auxiliary_bits(self, shape: HeadShape, element_bits: int = 16) -> float:
         """One compressed key and value an entry."""

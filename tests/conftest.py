@@ -4,6 +4,9 @@ import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# The warpgroups of an interpreted GPU kernel wait for each other on the threads of XLA's pool: with
+# fewer threads than warpgroups (one a core by default) they wait forever.
+os.environ.setdefault("PJRT_NPROC", "8")
 # Lets libtpu, which reads these when it is loaded, compile without a TPU; every worker loads it.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")

@@ -466,6 +466,38 @@ def test_inspection_measures_quality_and_cost(config):
     assert measured["bytes_density"] >= measured["fetched_density"] - 1e-6
     assert measured["flops_density"] >= measured["density"] - 0.2
     assert measured["auxiliary_bits"] == pytest.approx(config.auxiliary_bits(shape))
+    assert measured["density"] <= config.density(T) + 1e-6, "denser than config.density says"
+    assert config.density(T) <= 1 + 1e-6, "more than all causal pairs"
+    indices = np.asarray(aux.selection.indices)
+    listed = indices >= 0
+    assert not (listed[..., 1:] & ~listed[..., :-1]).any(), "unused slots (-1) must come last"
+    assert (np.diff(indices)[listed[..., 1:]] > 0).all(), "lists must ascend, without duplicates"
+
+
+@first_mechanisms
+def test_dense_attend_equals_dense_and_inspection_still_shows_the_sparse_choice(config, x64):
+    if isinstance(config, Dense | NSA):
+        pytest.skip("dense anyway, or (NSA) dense in its selected branch only")
+    shape = cases.SHAPES["G2"]
+    parts = cases.arrays(shape, config.kv_branches, 1, T)
+    module = cases.mechanism(config, shape)
+    out, aux = cases.call(module, parts, attend="dense", inspect=True)
+    dense = cases.mechanism(Dense(implementation="reference"), shape)
+    np.testing.assert_allclose(out, cases.forward(dense, parts), atol=1e-12)
+    _, sparse = cases.call(module, parts, inspect=True)
+    np.testing.assert_array_equal(aux.selection.indices, sparse.selection.indices)
+
+
+@core_mechanisms
+def test_9_long_sequences_run_sparse_and_equal_the_reference(config, x64):
+    """Beyond the lengths at which executions fall back to dense work."""
+    shape, length = cases.SHAPES["G2"], 320
+    parts = cases.arrays(shape, config.kv_branches, 1, length)
+    found = [
+        cases.forward(cases.mechanism(config, shape, implementation=name), parts)
+        for name in ("xla", "reference")
+    ]
+    np.testing.assert_allclose(*found, atol=1e-12)
 
 
 def test_every_registered_config_is_frozen_and_states_its_contract():

@@ -51,8 +51,15 @@ def test_it_selects_what_it_says(config):
         lambda c: properties.test_3_later_tokens_change_nothing_earlier(c, "xla", None),
         lambda c: properties.test_4_packed_documents_equal_separate_documents(c, "xla", None),
         lambda c: properties.test_9_xla_equals_reference_with_poisoned_padding(c, None),
+        lambda c: properties.test_9_long_sequences_run_sparse_and_equal_the_reference(c, None),
+        lambda c: properties.test_inspection_measures_quality_and_cost(c),
+        lambda c: (
+            properties.test_dense_attend_equals_dense_and_inspection_still_shows_the_sparse_choice(
+                c, None
+            )
+        ),
     ],
-    ids=["1", "2", "2-truncate", "3", "4", "9"],
+    ids=["1", "2", "2-truncate", "3", "4", "9", "9-long", "inspect", "dense"],
 )
 def test_it_passes_the_property_suite(config, item):
     with jax.enable_x64(True):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 from jaxtyping import Array, Float, Int
 
@@ -17,12 +19,61 @@ from kernels_pallas.gather_decode.tokens import gather_tokens_reference, gather_
 
 __all__ = ["gather_blocks", "gather_decode", "gather_tokens"]
 
+
+def _gather_decode_mosaic_tpu(*args: Any, **options: Any) -> AttentionOutput:
+    from kernels_pallas.gather_decode import mosaic_tpu
+
+    return mosaic_tpu.gather_decode(*args, **options)
+
+
+def _gather_blocks_mosaic_tpu(*args: Any, **options: Any) -> AttentionOutput:
+    from kernels_pallas.gather_decode import mosaic_tpu
+
+    return mosaic_tpu.gather_blocks(*args, **options)
+
+
+def _gather_tokens_mosaic_tpu(*args: Any, **options: Any) -> AttentionOutput:
+    from kernels_pallas.gather_decode import mosaic_tpu
+
+    return mosaic_tpu.gather_tokens(*args, **options)
+
+
+def _gather_decode_mosaic_gpu(*args: Any, **options: Any) -> AttentionOutput:
+    from kernels_pallas.gather_decode import mosaic_gpu
+
+    return mosaic_gpu.gather_decode(*args, **options)
+
+
+def _gather_blocks_mosaic_gpu(*args: Any, **options: Any) -> AttentionOutput:
+    from kernels_pallas.gather_decode import mosaic_gpu
+
+    return mosaic_gpu.gather_blocks(*args, **options)
+
+
+def _gather_tokens_mosaic_gpu(*args: Any, **options: Any) -> AttentionOutput:
+    from kernels_pallas.gather_decode import mosaic_gpu
+
+    return mosaic_gpu.gather_tokens(*args, **options)
+
+
 _BACKENDS = {
     "reference": reference.gather_decode,
     "xla": xla.gather_decode,
+    "mosaic_tpu": _gather_decode_mosaic_tpu,
+    "mosaic_gpu": _gather_decode_mosaic_gpu,
 }
-_BLOCKED_BACKENDS = {"reference": gather_blocks_reference, "xla": gather_blocks_xla}
-_TOKEN_BACKENDS = {"reference": gather_tokens_reference, "xla": gather_tokens_xla}
+_BLOCKED_BACKENDS = {
+    "reference": gather_blocks_reference,
+    "xla": gather_blocks_xla,
+    "mosaic_tpu": _gather_blocks_mosaic_tpu,
+    "mosaic_gpu": _gather_blocks_mosaic_gpu,
+}
+_TOKEN_BACKENDS = {
+    "reference": gather_tokens_reference,
+    "xla": gather_tokens_xla,
+    "mosaic_tpu": _gather_tokens_mosaic_tpu,
+    "mosaic_gpu": _gather_tokens_mosaic_gpu,
+}
 
 
 def gather_decode(

@@ -216,5 +216,5 @@ def test_errors_name_the_values():
         select(slots=0)
     with pytest.raises(ValueError, match="needs 7 slots, slots=4"):
         select(budget=budget + 7)
-    with pytest.raises(NotImplementedError, match="no 'mosaic_tpu' backend"):
-        select(implementation="mosaic_tpu")
+    with pytest.raises(ValueError, match="implementation='cuda' is unknown"):
+        select(implementation="cuda")

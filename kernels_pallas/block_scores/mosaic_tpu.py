@@ -1,0 +1,179 @@
+"""Block scores on TPUs: compressed attention as ranged attention over entries, then the choice.
+
+Tiles and their layout: mosaic_tpu_tiles.py. The choice streams the keys once more with the lse in
+hand (mosaic_tpu_select.py, mosaic_tpu_topk.py), so no score leaves the chip. The choice has no
+gradient; that of ``out`` and ``lse`` is ranged attention's.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from kernels_pallas import tpu
+from kernels_pallas.block_scores.mosaic_tpu_lse import lse_on_tpu
+from kernels_pallas.block_scores.mosaic_tpu_select import plan_selection, select_on_tpu
+from kernels_pallas.block_scores.mosaic_tpu_tiles import Tiles, tiles_for
+from kernels_pallas.block_scores.pooling import BlockScores, Pooling
+from kernels_pallas.block_scores.ranking import Ranking
+from kernels_pallas.ranged.few_rows import FEW_ROWS
+from kernels_pallas.ranged.mosaic_tpu import ranged_attention_tpu
+from kernels_pallas.ranged.mosaic_tpu_backward import gradients
+from kernels_pallas.ranged.mosaic_tpu_plan import plan_for
+
+__all__ = ["Tiles", "block_scores_tpu", "entry_lse_tpu", "select_blocks_tpu"]
+
+
+def block_scores_tpu(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B C K H"],
+    v: Float[Array, "B C K Hv"],
+    start: Int[Array, "B T"],
+    stop: Int[Array, "B T"],
+    first_block: Int[Array, "B T"],
+    last_block: Int[Array, "B T"],
+    *,
+    pooling: Pooling,
+    selected: int,
+    initial: int,
+    recent: int,
+    scale: float,
+    tiles: Tiles | None = None,
+) -> BlockScores:
+    """See :func:`kernels_pallas.block_scores.block_scores`; ``tiles`` overrides the tile sizes.
+
+    Raises:
+      NotImplementedError: for dtypes other than float32 and bfloat16, for 16 rows or fewer
+        unless ``tiles`` are given, and for tiles that do not fit vector memory.
+    """
+    tpu.check_arrays("block_scores", q=q, k=k, v=v)
+    _refuse_few(q, tiles)
+    plan = plan_selection(
+        q,
+        k,
+        ranking=Ranking(pooling, selected, initial, recent),
+        lists=k.shape[2],
+        scale=scale,
+        tiles=tiles or tiles_for(tpu.chip_kind(), q.shape[2] // k.shape[2], pooling),
+    )
+    out, lse = _attend(q, k, v, start, stop, scale)
+    fixed = jax.lax.stop_gradient((q, k, lse))
+    indices = select_on_tpu(plan, *fixed[:2], (start, stop, first_block, last_block), fixed[2])
+    return BlockScores(out, lse, indices)
+
+
+def select_blocks_tpu(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B C K H"],
+    start: Int[Array, "B T"],
+    stop: Int[Array, "B T"],
+    first_block: Int[Array, "B T"],
+    last_block: Int[Array, "B T"],
+    *,
+    lse: Float[Array, "B T N"] | None,
+    budget: Int[Array, "B T J"] | None,
+    pooling: Pooling,
+    selected: int,
+    initial: int,
+    recent: int,
+    floor: float | None,
+    share: bool,
+    scale: float,
+    tiles: Tiles | None = None,
+) -> Int[Array, "B T J P"]:
+    """See :func:`kernels_pallas.block_scores.select_blocks`; ``tiles`` overrides the tile sizes.
+
+    Raises:
+      NotImplementedError: as :func:`block_scores_tpu`.
+    """
+    tpu.check_arrays("select_blocks", q=q, k=k)
+    _refuse_few(q, tiles)
+    heads, kv_heads = q.shape[2], k.shape[2]
+    lists = kv_heads if share else heads
+    tiles = tiles or tiles_for(tpu.chip_kind(), heads // lists, pooling)
+    plan = plan_selection(
+        q,
+        k,
+        ranking=Ranking(pooling, selected, initial, recent, log=True, floor=floor),
+        lists=lists,
+        scale=scale,
+        tiles=tiles,
+    )
+    shift = None
+    # One head's order does not depend on its normaliser, a sum over heads and a threshold do.
+    if (share and heads > kv_heads) or floor is not None:
+        shift = _normalizer(q, k, start, stop, lse, scale, tiles)
+    return select_on_tpu(plan, q, k, (start, stop, first_block, last_block), shift, budget)
+
+
+def entry_lse_tpu(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B C K H"],
+    start: Int[Array, "B T"],
+    stop: Int[Array, "B T"],
+    *,
+    scale: float,
+    tiles: Tiles | None = None,
+) -> Float[Array, "B T N"]:
+    """See :func:`kernels_pallas.block_scores.entry_lse`; ``tiles`` overrides the tile sizes.
+
+    Raises:
+      NotImplementedError: as :func:`block_scores_tpu`.
+    """
+    tpu.check_arrays("entry_lse", q=q, k=k)
+    _refuse_few(q, tiles)
+    tiles = tiles or tiles_for(tpu.chip_kind(), q.shape[2] // k.shape[2])
+    return lse_on_tpu(q, k, start, stop, scale=scale, tiles=tiles)
+
+
+def _normalizer(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B C K H"],
+    start: Int[Array, "B T"],
+    stop: Int[Array, "B T"],
+    lse: Float[Array, "B T N"] | None,
+    scale: float,
+    tiles: Tiles,
+) -> Float[Array, "B T N"]:
+    """``lse``, where it is missing or -inf the rows' own; 0 for rows that see nothing."""
+    if lse is None:
+        shift = lse_on_tpu(q, k, start, stop, scale=scale, tiles=tiles)
+    else:
+        missing = jnp.isneginf(lse)
+        # Tiles in which no row lacks one visit no entry.
+        stop = jnp.where(jnp.any(missing, axis=2), stop, start)
+        own = lse_on_tpu(q, k, start, stop, scale=scale, tiles=tiles)
+        shift = jnp.where(missing, own, lse.astype(jnp.float32))
+    return jnp.where(jnp.isneginf(shift), 0.0, shift)
+
+
+def _refuse_few(q: Float[Array, "B T N H"], tiles: Tiles | None) -> None:
+    if tiles is None and q.shape[1] <= FEW_ROWS:
+        raise NotImplementedError(
+            f"{q.shape[1]} query rows would leave most of a 128-token tile empty; use "
+            "implementation='xla', which reads all entries in one product, or pass tiles"
+        )
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attend(q, k, v, start, stop, scale):
+    return tuple(ranged_attention_tpu(q, k, v, start, stop, scale=scale))
+
+
+def _attend_fwd(q, k, v, start, stop, scale):
+    # Saved by remat policies that save selections: a second forward pass would also rank again.
+    out, lse = (checkpoint_name(x, "selection") for x in _attend(q, k, v, start, stop, scale))
+    return (out, lse), (q, k, v, start, stop, out, lse)
+
+
+def _attend_bwd(scale, residuals, cotangents):
+    q, k, v = residuals[:3]
+    plan = plan_for(q, k, v, scale, None)
+    return (*gradients(plan, *residuals, *cotangents), None, None)
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)

@@ -1,0 +1,383 @@
+"""Mosaic GPU kernels of selection by codes: distances, and histograms of them (Hopper).
+
+The Hamming distance to G query codes, summed, is a weighted count of bits: of c codes that have
+bit i set, a key pays c if its bit is not and G - c if it is, so
+
+    sum_g popcount(q_g ^ k) = sum_i min(c_i, G - c_i) + sum_i x_i |G - 2 c_i|
+
+with x = k ^ (the majority of the q_g). The weights are even or odd as G is; written in binary, a
+key costs log2 G counts of masked bits instead of G. Mosaic GPU has no population count: bits are
+added up in fields of a word. A histogram is kept by every lane in bytes, four levels to a word.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Int, UInt32
+
+from kernels_pallas.hamming.codes import code_signs, pack_codes
+from kernels_pallas.interpreting import interpreter
+
+__all__ = ["Plan", "Tiles", "distances", "plan_for", "recount", "scores", "tables_of"]
+
+_MOST_LEVELS = 4096
+_MOST_CODES = 63
+_MOST_COUNTED = 255
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How the keys of a row are cut: vectors of ``lanes``, ``unroll`` of them a step, and programs.
+
+    The loads of a step are all in flight before the first is used. ``rank_elements`` distances of
+    two bytes each are in memory at a time (32 MB, which stay in the second-level cache), or those
+    of one query of every sequence, if that is more.
+    """
+
+    lanes: int = 128
+    unroll: int = 4
+    steps: int = 16
+    rank_elements: int = 2**24
+
+    def __post_init__(self) -> None:
+        if self.lanes % 128 or not 1 <= self.unroll * self.steps <= _MOST_COUNTED:
+            raise ValueError(
+                f"{self}: lanes must be a multiple of 128 and unroll * steps at most "
+                f"{_MOST_COUNTED}, since every lane counts in bytes"
+            )
+
+    @property
+    def step(self) -> int:
+        """Keys of a step."""
+        return self.lanes * self.unroll
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Static sizes of a call.
+
+    A level (distance) is found in two histograms: of distances >> ``shift``, then of the distances
+    that share one such bucket.
+    """
+
+    queries: int
+    lists: int
+    group: int
+    words: int
+    keys: int
+    bits: int
+    tiles: Tiles
+
+    @property
+    def highest(self) -> int:
+        """The largest distance."""
+        return self.group * self.bits
+
+    @property
+    def planes(self) -> int:
+        """Binary digits of the halved weights."""
+        return (self.group // 2).bit_length()
+
+    @property
+    def shift(self) -> int:
+        """Digits of a distance that the second histogram resolves."""
+        return (self.highest.bit_length() + 1) // 2
+
+    @property
+    def coarse(self) -> int:
+        """Words of the first histogram, four buckets each."""
+        return -(-((self.highest >> self.shift) + 1) // 4)
+
+    @property
+    def fine(self) -> int:
+        """Words of the second histogram."""
+        return -(-(2**self.shift) // 4)
+
+    @property
+    def chunk(self) -> int:
+        """Keys of a program."""
+        return self.tiles.step * min(self.tiles.steps, -(-self.keys // self.tiles.step))
+
+    @property
+    def chunks(self) -> int:
+        """Programs of a row."""
+        return -(-self.keys // self.chunk)
+
+
+def plan_for(
+    q_codes: UInt32[Array, "B T J G W"],
+    k_codes: UInt32[Array, "B J W S"],
+    bits: int,
+    tiles: Tiles | None = None,
+) -> Plan:
+    """The plan of a call; the place to read tuned tables, once there are any.
+
+    Raises:
+      NotImplementedError: for groups or codes beyond what bytes and two histograms hold.
+    """
+    _, queries, lists, group, words = q_codes.shape
+    if group > _MOST_CODES or group * bits >= _MOST_LEVELS:
+        raise NotImplementedError(
+            f"hamming: a group of {group} codes of {bits} bits exceeds {_MOST_CODES} codes or "
+            f"{_MOST_LEVELS - 1} levels; use implementation='xla'"
+        )
+    return Plan(queries, lists, group, words, k_codes.shape[3], bits, tiles or Tiles())
+
+
+def tables_of(
+    q_codes: UInt32[Array, "B T J G W"],
+    start: Int[Array, "B T"],
+    stop: Int[Array, "B T"],
+    plan: Plan,
+) -> Int[Array, "rows columns"]:
+    """What a program knows of its row (b, t, j), as int32.
+
+    W majority words, ``planes`` times W masks, then the constant of the distance, start and stop.
+    """
+    ones = jnp.sum(code_signs(q_codes, plan.bits, jnp.int32) > 0, axis=3, dtype=jnp.int32)
+    weight = jnp.abs(plan.group - 2 * ones)
+    digits = [(weight // 2 >> digit) & 1 for digit in range(plan.planes)]
+    words = [pack_codes(2 * ones > plan.group), *(pack_codes(digit == 1) for digit in digits)]
+    constant = jnp.sum(jnp.minimum(ones, plan.group - ones), axis=-1, dtype=jnp.int32)
+    ends = (jnp.broadcast_to(x[:, :, None], constant.shape) for x in (start, stop))
+    masks = jax.lax.bitcast_convert_type(jnp.concatenate(words, axis=-1), jnp.int32)
+    table = jnp.concatenate([masks, jnp.stack([constant, *ends], axis=-1)], axis=-1)
+    return table.reshape(-1, table.shape[-1])
+
+
+def distances(
+    table: Int[Array, "rows columns"], k_codes: UInt32[Array, "B J W S"], plan: Plan
+) -> tuple[Array, Array]:
+    """Distances uint16 [rows, keys] and their first histogram [rows, chunks, 4 * coarse].
+
+    Distances outside a row's candidates are undefined, and so are those past the keys.
+    """
+
+    def step(refs, first, counts):
+        for at, words in _loaded(refs, first, plan):
+            far = _distance(words, refs, plan)
+            refs.ranks[refs.row, pl.ds(at, plan.tiles.lanes)] = far.astype(jnp.uint16)
+            counts = _add(counts, _shifted(far, plan.shift), _candidates(refs, at, plan))
+        return counts
+
+    ranks, counts = _run(
+        _counting(step, plan.coarse, plan),
+        name="hamming_distances",
+        plan=plan,
+        operands={"table": table, "keys": _padded(k_codes, plan)},
+        outputs={"ranks": _ranks_type(table, plan), "counts": _counts(table, plan.coarse, plan)},
+    )
+    return ranks, _levels(counts)
+
+
+def recount(
+    table: Int[Array, "rows columns"],
+    ranks: Array,
+    bucket: Int[Array, " rows"],
+    plan: Plan,
+) -> Int[Array, "rows chunks levels"]:
+    """The second histogram: of the distances whose bucket of the first is ``bucket``."""
+
+    def step(refs, first, counts):
+        places = [first + i * plan.tiles.lanes for i in range(plan.tiles.unroll)]
+        ranks = [refs.ranks[refs.row, pl.ds(at, plan.tiles.lanes)] for at in places]
+        for at, far in zip(places, ranks, strict=True):
+            within = far.astype(jnp.int32) - refs.base[refs.row]
+            counts = _add(counts, within, _candidates(refs, at, plan))
+        return counts
+
+    (counts,) = _run(
+        _counting(step, plan.fine, plan),
+        name="hamming_levels",
+        plan=plan,
+        operands={"table": table, "ranks": ranks, "base": bucket << plan.shift},
+        outputs={"counts": _counts(table, plan.fine, plan)},
+    )
+    return _levels(counts)[:, :, : 2**plan.shift]
+
+
+def scores(
+    table: Int[Array, "rows columns"], k_codes: UInt32[Array, "B J W S"], plan: Plan
+) -> Int[Array, "rows S"]:
+    """Scores of all keys, int32."""
+
+    def body(refs):
+        def step(number, _):
+            first = refs.chunk * plan.chunk + number * plan.tiles.step
+            for at, words in _loaded(refs, first, plan):
+                far = _distance(words, refs, plan)
+                refs.scores[refs.row, pl.ds(at, plan.tiles.lanes)] = plan.highest - (far + far)
+
+        within = jnp.minimum(_whole(plan) - refs.chunk * plan.chunk, plan.chunk)
+        lax.fori_loop(jnp.int32(0), lax.div(within, jnp.int32(plan.tiles.step)), step, None)
+
+    (result,) = _run(
+        body,
+        name="hamming_scores",
+        plan=plan,
+        operands={"table": table, "keys": _padded(k_codes, plan)},
+        outputs={"scores": jax.ShapeDtypeStruct((table.shape[0], _whole(plan)), jnp.int32)},
+    )
+    return result[:, : plan.keys]
+
+
+def _whole(plan: Plan) -> int:
+    """Keys rounded up to whole steps."""
+    return -(-plan.keys // plan.tiles.step) * plan.tiles.step
+
+
+def _padded(k_codes: UInt32[Array, "B J W S"], plan: Plan) -> Int[Array, "BJ W S2"]:
+    """Codes as int32 in whole steps; a copy only where S is none: vectors must be aligned."""
+    keys = jax.lax.bitcast_convert_type(k_codes, jnp.int32)
+    keys = keys.reshape(-1, plan.words, plan.keys)
+    return jnp.pad(keys, ((0, 0), (0, 0), (0, _whole(plan) - plan.keys)))
+
+
+def _ranks_type(table: Array, plan: Plan) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((table.shape[0], plan.chunks * plan.chunk), jnp.uint16)
+
+
+def _counts(table: Array, words: int, plan: Plan) -> jax.ShapeDtypeStruct:
+    shape = (table.shape[0], plan.chunks, words, plan.tiles.lanes)
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+
+def _levels(counts: Int[Array, "rows chunks words lanes"]) -> Int[Array, "rows chunks levels"]:
+    """Bytes of lanes as one count a level."""
+    place = 8 * jnp.arange(4, dtype=jnp.int32)[None, None, None, :, None]
+    bytes_ = (counts[:, :, :, None, :] >> place) & 255
+    levels = jnp.sum(bytes_, axis=-1, dtype=jnp.int32)
+    return levels.reshape(*levels.shape[:2], -1)
+
+
+def _counting(
+    step: Callable[[Any, Any, Any], Any], words: int, plan: Plan
+) -> Callable[[Any], None]:
+    """The body that counts over the steps of a chunk that hold candidates."""
+    size = plan.tiles.step
+
+    def body(refs):
+        begin = refs.chunk * plan.chunk
+        low = lax.div(jnp.clip(refs.start - begin, 0, plan.chunk), jnp.int32(size))
+        high = lax.div(jnp.clip(refs.stop - begin, 0, plan.chunk) + (size - 1), jnp.int32(size))
+        zero = plgpu.layout_cast(jnp.zeros((plan.tiles.lanes,), jnp.int32), _layout(plan))
+
+        def visit(number, counts):
+            return step(refs, begin + number * size, counts)
+
+        counts = lax.fori_loop(low, jnp.maximum(low, high), visit, (zero,) * words)
+        for word, count in enumerate(counts):
+            refs.counts[refs.row, refs.chunk, word] = count
+
+    return body
+
+
+def _layout(plan: Plan) -> Any:
+    """Lanes over the threads of a warpgroup, neighbours together."""
+    return plgpu.Layout.WG_STRIDED((plan.tiles.lanes,), plan.tiles.lanes // 128)
+
+
+def _candidates(refs: Any, first: jax.Array, plan: Plan) -> jax.Array:
+    layout = _layout(plan)
+    s = first + plgpu.broadcasted_iota(jnp.int32, (plan.tiles.lanes,), 0, layout=layout)
+    return (s >= refs.start) & (s < refs.stop)
+
+
+def _add(counts: tuple[jax.Array, ...], bucket: jax.Array, counted: jax.Array) -> Any:
+    """One more in the byte of its bucket, where there is such a bucket."""
+    one = lax.shift_left(jnp.full_like(bucket, 1), (bucket & 3) * 8)
+    word = jnp.where(counted, _shifted(bucket, 2), -1)
+    return tuple(count + jnp.where(word == n, one, 0) for n, count in enumerate(counts))
+
+
+def _loaded(refs: Any, first: jax.Array, plan: Plan) -> list[tuple[jax.Array, list[jax.Array]]]:
+    """(first key, words of the codes) of every vector of a step."""
+    lanes = plan.tiles.lanes
+    places = [first + i * lanes for i in range(plan.tiles.unroll)]
+    return [
+        (at, [refs.keys[refs.codes, w, pl.ds(at, lanes)] for w in range(plan.words)])
+        for at in places
+    ]
+
+
+def _distance(words: list[jax.Array], refs: Any, plan: Plan) -> jax.Array:
+    """Summed distances of keys; see the formula above."""
+    total = refs.known[-1]
+    for w, key in enumerate(words):
+        x = key ^ refs.known[w]
+        weighted = None
+        for plane in reversed(range(plan.planes)):
+            ones = _ones(x & refs.known[plan.words * (1 + plane) + w])
+            weighted = ones if weighted is None else weighted + weighted + ones
+        if weighted is not None:
+            folded = _folded(weighted)
+            total = total + (folded + folded)
+        if plan.group % 2:
+            total = total + _folded(_ones(x))
+    return total
+
+
+def _ones(x: jax.Array) -> jax.Array:
+    """Set bits of each byte, in that byte."""
+    x = x - (_shifted(x, 1) & 0x55555555)
+    x = (x & 0x33333333) + (_shifted(x, 2) & 0x33333333)
+    return (x + _shifted(x, 4)) & 0x0F0F0F0F
+
+
+def _folded(x: jax.Array) -> jax.Array:
+    """The sum of the bytes."""
+    x = (x & 0x00FF00FF) + (_shifted(x, 8) & 0x00FF00FF)
+    return (x + _shifted(x, 16)) & 0xFFFF
+
+
+def _shifted(x: jax.Array, by: int) -> jax.Array:
+    return lax.shift_right_logical(x, jnp.full_like(x, by))
+
+
+def _run(
+    body: Callable[[Any], None],
+    *,
+    name: str,
+    plan: Plan,
+    operands: Mapping[str, jax.Array],
+    outputs: Mapping[str, jax.ShapeDtypeStruct],
+) -> tuple[jax.Array, ...]:
+    """Run ``body(refs)`` in a warpgroup for every chunk of every row."""
+    names = [*operands, *outputs]
+    rows = operands["table"].shape[0]
+
+    def kernel(*positional):
+        refs = types.SimpleNamespace(**dict(zip(names, positional, strict=True)))
+        program = lax.axis_index("program")
+        refs.row = lax.div(program, jnp.int32(plan.chunks))
+        refs.chunk = lax.rem(program, jnp.int32(plan.chunks))
+        sequence = lax.div(refs.row, jnp.int32(plan.queries * plan.lists))
+        refs.codes = sequence * plan.lists + lax.rem(refs.row, jnp.int32(plan.lists))
+        ends = plan.words * (1 + plan.planes) + 1
+        # Read once: stores in a loop keep the compiler from doing so.
+        refs.known = [refs.table[refs.row, n] for n in range(ends)] if "keys" in operands else []
+        refs.start, refs.stop = refs.table[refs.row, ends], refs.table[refs.row, ends + 1]
+        body(refs)
+
+    kernel.__name__ = name
+    return plgpu.kernel(
+        kernel,
+        out_type=tuple(outputs.values()),
+        grid=(rows * plan.chunks,),
+        grid_names=("program",),
+        # The other semantics search for layouts, which takes long where all follow from the loads.
+        # No kernel reads what it writes: without barriers around every store.
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
+        ),
+        interpret=interpreter("gpu"),
+    )(*operands.values())
