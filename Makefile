@@ -34,10 +34,10 @@ train: $(RUN)
 	@$(BIN)/python -m train --config $(CONFIG) $(ARGS)
 
 test: $(DEV)
-	@$(BIN)/python -m pytest -n 2 -m "not full" $(TESTS)
+	@$(BIN)/python -m pytest -n 2 -m "not full and not device" $(TESTS)
 
 test-full: $(DEV)
-	@PROPERTY_EXAMPLES=50 $(BIN)/python -m pytest $(TESTS)
+	@PROPERTY_EXAMPLES=50 $(BIN)/python -m pytest -m "not device" $(TESTS)
 
 lint: $(DEV)
 	@$(BIN)/ruff check .
