@@ -5,6 +5,7 @@ Axis alphabet: see :mod:`sparse_attn.types`.
 
 from __future__ import annotations
 
+import importlib
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, get_args
@@ -60,6 +61,22 @@ def merge(*parts: AttentionOutput) -> AttentionOutput:
     out = jnp.sum(weights[..., None] * outs, axis=0) / safe_total[..., None]
     lse = jnp.where(seen, jnp.log(safe_total) + top, -jnp.inf)
     return AttentionOutput(out.astype(parts[0].out.dtype), lse)
+
+
+def kernels(op: str, function: str) -> dict[str, Callable[..., Any]]:
+    """The Pallas backends of a call: ``function`` of ``kernels_pallas/<op>/mosaic_{tpu,gpu}.py``.
+
+    Their modules are imported by the first call, so that other platforms never load Mosaic.
+    """
+
+    def backend(name: str) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            module = importlib.import_module(f"kernels_pallas.{op}.{name}")
+            return getattr(module, function)(*args, **kwargs)
+
+        return call
+
+    return {name: backend(name) for name in ("mosaic_tpu", "mosaic_gpu")}
 
 
 def dispatch(

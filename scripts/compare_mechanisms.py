@@ -53,7 +53,7 @@ CURRICULUM = (
 )
 UNFILLED = 48
 MQAR_TASK: dict[str, Any] = {"length": LENGTH, "vocab_size": 128, "pairs": 16, "gap": 64}
-STEPS = {"mqar": 150, "text": 200}
+STEPS = {"mqar": 300, "text": 200}
 FIT_STEPS = {"mqar": 100, "text": 100}
 
 

@@ -5,8 +5,6 @@ Axis alphabet: see :mod:`sparse_attn.types`.
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -19,63 +17,23 @@ from kernels_pallas.block_scores.reference import (
 )
 from kernels_pallas.block_scores.xla import block_scores_xla
 from kernels_pallas.block_scores.xla_select import entry_lse_xla, select_blocks_xla
-from kernels_pallas.common import Implementation, accumulation_dtype, dispatch
+from kernels_pallas.common import Implementation, accumulation_dtype, dispatch, kernels
 from kernels_pallas.ranged.api import check_heads, check_rows
-
-
-def _block_scores_tpu(*args: Any, **options: Any) -> BlockScores:
-    from kernels_pallas.block_scores import mosaic_tpu
-
-    return mosaic_tpu.block_scores_tpu(*args, **options)
-
-
-def _entry_lse_tpu(*args: Any, **options: Any) -> Array:
-    from kernels_pallas.block_scores import mosaic_tpu
-
-    return mosaic_tpu.entry_lse_tpu(*args, **options)
-
-
-def _select_blocks_tpu(*args: Any, **options: Any) -> Array:
-    from kernels_pallas.block_scores import mosaic_tpu
-
-    return mosaic_tpu.select_blocks_tpu(*args, **options)
-
-
-def _block_scores_gpu(*args: Any, **options: Any) -> BlockScores:
-    from kernels_pallas.block_scores import mosaic_gpu
-
-    return mosaic_gpu.block_scores_mosaic_gpu(*args, **options)
-
-
-def _entry_lse_gpu(*args: Any, **options: Any) -> Array:
-    from kernels_pallas.block_scores import mosaic_gpu
-
-    return mosaic_gpu.entry_lse_mosaic_gpu(*args, **options)
-
-
-def _select_blocks_gpu(*args: Any, **options: Any) -> Array:
-    from kernels_pallas.block_scores import mosaic_gpu
-
-    return mosaic_gpu.select_blocks_mosaic_gpu(*args, **options)
-
 
 _BACKENDS = {
     "reference": block_scores_reference,
     "xla": block_scores_xla,
-    "mosaic_tpu": _block_scores_tpu,
-    "mosaic_gpu": _block_scores_gpu,
+    **kernels("block_scores", "block_scores"),
 }
 _LSE_BACKENDS = {
     "reference": entry_lse_reference,
     "xla": entry_lse_xla,
-    "mosaic_tpu": _entry_lse_tpu,
-    "mosaic_gpu": _entry_lse_gpu,
+    **kernels("block_scores", "entry_lse"),
 }
 _SELECT_BACKENDS = {
     "reference": select_blocks_reference,
     "xla": select_blocks_xla,
-    "mosaic_tpu": _select_blocks_tpu,
-    "mosaic_gpu": _select_blocks_gpu,
+    **kernels("block_scores", "select_blocks"),
 }
 
 

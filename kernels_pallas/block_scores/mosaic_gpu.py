@@ -24,14 +24,14 @@ from kernels_pallas.ranged.few_rows import FEW_ROWS
 
 __all__ = [
     "Tiles",
-    "block_scores_mosaic_gpu",
-    "entry_lse_mosaic_gpu",
-    "select_blocks_mosaic_gpu",
+    "block_scores",
+    "entry_lse",
+    "select_blocks",
     "tiles_for",
 ]
 
 
-def block_scores_mosaic_gpu(
+def block_scores(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B C K H"],
     v: Float[Array, "B C K Hv"],
@@ -79,7 +79,7 @@ def block_scores_mosaic_gpu(
     return BlockScores(out, lse, indices)
 
 
-def select_blocks_mosaic_gpu(
+def select_blocks(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B C K H"],
     start: Int[Array, "B T"],
@@ -101,7 +101,7 @@ def select_blocks_mosaic_gpu(
     """See :func:`kernels_pallas.block_scores.select_blocks`; ``tiles`` overrides the tile sizes.
 
     Raises:
-      NotImplementedError: as :func:`block_scores_mosaic_gpu`.
+      NotImplementedError: as :func:`block_scores`.
       ValueError: for tiles that do not fit in shared memory.
     """
     width = _check("select_blocks", tiles, q=q, k=k)
@@ -125,7 +125,7 @@ def select_blocks_mosaic_gpu(
     )
 
 
-def entry_lse_mosaic_gpu(
+def entry_lse(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B C K H"],
     start: Int[Array, "B T"],
@@ -151,7 +151,7 @@ def _own_lse(
     scale: float,
 ) -> Float[Array, "B T N"]:
     # The kernel's narrowest values are 64 wide; which ones does not matter.
-    return ranged.ranged_attention_mosaic_gpu(q, k, k[..., :64], start, stop, scale=scale).lse
+    return ranged.ranged_attention(q, k, k[..., :64], start, stop, scale=scale).lse
 
 
 def _normalizer(
@@ -196,7 +196,7 @@ def _sizes(q: jax.Array, lists: int, selected: int, width: int, tiles: Tiles | N
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _attend(q, k, v, start, stop, scale):
-    return tuple(ranged.ranged_attention_mosaic_gpu(q, k, v, start, stop, scale=scale))
+    return tuple(ranged.ranged_attention(q, k, v, start, stop, scale=scale))
 
 
 def _attend_fwd(q, k, v, start, stop, scale):

@@ -21,14 +21,14 @@ from kernels_pallas.block_scores.mosaic_tpu_tiles import Tiles, tiles_for
 from kernels_pallas.block_scores.pooling import BlockScores, Pooling
 from kernels_pallas.block_scores.ranking import Ranking
 from kernels_pallas.ranged.few_rows import FEW_ROWS
-from kernels_pallas.ranged.mosaic_tpu import ranged_attention_tpu
+from kernels_pallas.ranged.mosaic_tpu import ranged_attention as ranged_attention_tpu
 from kernels_pallas.ranged.mosaic_tpu_backward import gradients
 from kernels_pallas.ranged.mosaic_tpu_plan import plan_for
 
-__all__ = ["Tiles", "block_scores_tpu", "entry_lse_tpu", "select_blocks_tpu"]
+__all__ = ["Tiles", "block_scores", "entry_lse", "select_blocks"]
 
 
-def block_scores_tpu(
+def block_scores(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B C K H"],
     v: Float[Array, "B C K Hv"],
@@ -66,7 +66,7 @@ def block_scores_tpu(
     return BlockScores(out, lse, indices)
 
 
-def select_blocks_tpu(
+def select_blocks(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B C K H"],
     start: Int[Array, "B T"],
@@ -88,7 +88,7 @@ def select_blocks_tpu(
     """See :func:`kernels_pallas.block_scores.select_blocks`; ``tiles`` overrides the tile sizes.
 
     Raises:
-      NotImplementedError: as :func:`block_scores_tpu`.
+      NotImplementedError: as :func:`block_scores`.
     """
     tpu.check_arrays("select_blocks", q=q, k=k)
     _refuse_few(q, tiles)
@@ -110,7 +110,7 @@ def select_blocks_tpu(
     return select_on_tpu(plan, q, k, (start, stop, first_block, last_block), shift, budget)
 
 
-def entry_lse_tpu(
+def entry_lse(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B C K H"],
     start: Int[Array, "B T"],
@@ -122,7 +122,7 @@ def entry_lse_tpu(
     """See :func:`kernels_pallas.block_scores.entry_lse`; ``tiles`` overrides the tile sizes.
 
     Raises:
-      NotImplementedError: as :func:`block_scores_tpu`.
+      NotImplementedError: as :func:`block_scores`.
     """
     tpu.check_arrays("entry_lse", q=q, k=k)
     _refuse_few(q, tiles)

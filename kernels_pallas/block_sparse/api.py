@@ -2,34 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.block_sparse import reference, xla
-from kernels_pallas.common import AttentionOutput, Implementation, dispatch
+from kernels_pallas.common import AttentionOutput, Implementation, dispatch, kernels
 
 __all__ = ["block_sparse_attention", "check_arguments"]
-
-
-def _mosaic_tpu(*args: Any, **kwargs: Any) -> AttentionOutput:
-    from kernels_pallas.block_sparse.mosaic_tpu import block_sparse_attention as attend
-
-    return attend(*args, **kwargs)
-
-
-def _mosaic_gpu(*args: Any, **kwargs: Any) -> AttentionOutput:
-    from kernels_pallas.block_sparse.mosaic_gpu import block_sparse_attention as attend
-
-    return attend(*args, **kwargs)
 
 
 _BACKENDS = {
     "reference": reference.block_sparse_attention,
     "xla": xla.block_sparse_attention,
-    "mosaic_tpu": _mosaic_tpu,
-    "mosaic_gpu": _mosaic_gpu,
+    **kernels("block_sparse", "block_sparse_attention"),
 }
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.block_sparse.api import check_arguments
-from kernels_pallas.common import AttentionOutput, Implementation, dispatch
+from kernels_pallas.common import AttentionOutput, Implementation, dispatch, kernels
 from kernels_pallas.gather_decode import reference, xla
 from kernels_pallas.gather_decode.blocked import (
     as_tokens,
@@ -20,59 +18,20 @@ from kernels_pallas.gather_decode.tokens import gather_tokens_reference, gather_
 __all__ = ["gather_blocks", "gather_decode", "gather_tokens"]
 
 
-def _gather_decode_mosaic_tpu(*args: Any, **options: Any) -> AttentionOutput:
-    from kernels_pallas.gather_decode import mosaic_tpu
-
-    return mosaic_tpu.gather_decode(*args, **options)
-
-
-def _gather_blocks_mosaic_tpu(*args: Any, **options: Any) -> AttentionOutput:
-    from kernels_pallas.gather_decode import mosaic_tpu
-
-    return mosaic_tpu.gather_blocks(*args, **options)
-
-
-def _gather_tokens_mosaic_tpu(*args: Any, **options: Any) -> AttentionOutput:
-    from kernels_pallas.gather_decode import mosaic_tpu
-
-    return mosaic_tpu.gather_tokens(*args, **options)
-
-
-def _gather_decode_mosaic_gpu(*args: Any, **options: Any) -> AttentionOutput:
-    from kernels_pallas.gather_decode import mosaic_gpu
-
-    return mosaic_gpu.gather_decode(*args, **options)
-
-
-def _gather_blocks_mosaic_gpu(*args: Any, **options: Any) -> AttentionOutput:
-    from kernels_pallas.gather_decode import mosaic_gpu
-
-    return mosaic_gpu.gather_blocks(*args, **options)
-
-
-def _gather_tokens_mosaic_gpu(*args: Any, **options: Any) -> AttentionOutput:
-    from kernels_pallas.gather_decode import mosaic_gpu
-
-    return mosaic_gpu.gather_tokens(*args, **options)
-
-
 _BACKENDS = {
     "reference": reference.gather_decode,
     "xla": xla.gather_decode,
-    "mosaic_tpu": _gather_decode_mosaic_tpu,
-    "mosaic_gpu": _gather_decode_mosaic_gpu,
+    **kernels("gather_decode", "gather_decode"),
 }
 _BLOCKED_BACKENDS = {
     "reference": gather_blocks_reference,
     "xla": gather_blocks_xla,
-    "mosaic_tpu": _gather_blocks_mosaic_tpu,
-    "mosaic_gpu": _gather_blocks_mosaic_gpu,
+    **kernels("gather_decode", "gather_blocks"),
 }
 _TOKEN_BACKENDS = {
     "reference": gather_tokens_reference,
     "xla": gather_tokens_xla,
-    "mosaic_tpu": _gather_tokens_mosaic_tpu,
-    "mosaic_gpu": _gather_tokens_mosaic_gpu,
+    **kernels("gather_decode", "gather_tokens"),
 }
 
 

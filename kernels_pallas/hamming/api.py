@@ -7,71 +7,29 @@ share a list; G = 1 if every query head selects for itself).
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, UInt32
 
-from kernels_pallas.common import Implementation, dispatch
+from kernels_pallas.common import Implementation, dispatch, kernels
 from kernels_pallas.hamming import reference, xla
 from kernels_pallas.hamming.codes import Threshold, word_count
-
-
-def _scores_mosaic_tpu(*args: Any, **options: Any) -> Array:
-    from kernels_pallas.hamming import mosaic_tpu
-
-    return mosaic_tpu.hamming_scores(*args, **options)
-
-
-def _threshold_mosaic_tpu(*args: Any, **options: Any) -> Threshold:
-    from kernels_pallas.hamming import mosaic_tpu
-
-    return mosaic_tpu.hamming_threshold(*args, **options)
-
-
-def _select_mosaic_tpu(*args: Any, **options: Any) -> Array:
-    from kernels_pallas.hamming import mosaic_tpu
-
-    return mosaic_tpu.hamming_select(*args, **options)
-
-
-def _scores_mosaic_gpu(*args: Any, **options: Any) -> Array:
-    from kernels_pallas.hamming import mosaic_gpu
-
-    return mosaic_gpu.hamming_scores(*args, **options)
-
-
-def _threshold_mosaic_gpu(*args: Any, **options: Any) -> Threshold:
-    from kernels_pallas.hamming import mosaic_gpu
-
-    return mosaic_gpu.hamming_threshold(*args, **options)
-
-
-def _select_mosaic_gpu(*args: Any, **options: Any) -> Array:
-    from kernels_pallas.hamming import mosaic_gpu
-
-    return mosaic_gpu.hamming_select(*args, **options)
-
 
 _SCORES = {
     "reference": reference.hamming_scores_reference,
     "xla": xla.hamming_scores_xla,
-    "mosaic_tpu": _scores_mosaic_tpu,
-    "mosaic_gpu": _scores_mosaic_gpu,
+    **kernels("hamming", "hamming_scores"),
 }
 _THRESHOLD = {
     "reference": reference.hamming_threshold_reference,
     "xla": xla.hamming_threshold_xla,
-    "mosaic_tpu": _threshold_mosaic_tpu,
-    "mosaic_gpu": _threshold_mosaic_gpu,
+    **kernels("hamming", "hamming_threshold"),
 }
 _SELECT = {
     "reference": reference.hamming_select_reference,
     "xla": xla.hamming_select_xla,
-    "mosaic_tpu": _select_mosaic_tpu,
-    "mosaic_gpu": _select_mosaic_gpu,
+    **kernels("hamming", "hamming_select"),
 }
 
 

@@ -6,33 +6,17 @@ ranges. Axis alphabet: see :mod:`sparse_attn.types`.
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.common import AttentionOutput, Implementation, dispatch
+from kernels_pallas.common import AttentionOutput, Implementation, dispatch, kernels
 from kernels_pallas.ranged.reference import ranged_attention_reference
 from kernels_pallas.ranged.xla import ranged_attention_xla
-
-
-def _mosaic_tpu(*args: Any, **kwargs: Any) -> AttentionOutput:
-    from kernels_pallas.ranged.mosaic_tpu import ranged_attention_tpu as attend
-
-    return attend(*args, **kwargs)
-
-
-def _mosaic_gpu(*args: Any, **kwargs: Any) -> AttentionOutput:
-    from kernels_pallas.ranged.mosaic_gpu import ranged_attention_mosaic_gpu as attend
-
-    return attend(*args, **kwargs)
-
 
 _BACKENDS = {
     "reference": ranged_attention_reference,
     "xla": ranged_attention_xla,
-    "mosaic_tpu": _mosaic_tpu,
-    "mosaic_gpu": _mosaic_gpu,
+    **kernels("ranged", "ranged_attention"),
 }
 
 

@@ -28,12 +28,12 @@ from kernels_pallas.gpu_tiles import (
 )
 from kernels_pallas.ranged.tiling import covered
 
-__all__ = ["ranged_attention_mosaic_gpu"]
+__all__ = ["ranged_attention"]
 
 _OP = "ranged_attention"
 
 
-def ranged_attention_mosaic_gpu(
+def ranged_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K Hv"],

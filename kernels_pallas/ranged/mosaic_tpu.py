@@ -29,10 +29,10 @@ from kernels_pallas.ranged.mosaic_tpu_plan import (
     walk_keys,
 )
 
-__all__ = ["Tiles", "ranged_attention_tpu"]
+__all__ = ["Tiles", "ranged_attention"]
 
 
-def ranged_attention_tpu(
+def ranged_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K Hv"],

@@ -14,9 +14,13 @@ from kernels_pallas.ahead_of_time import lower_for_gpu
 from kernels_pallas.block_scores import Pooling, block_scores, entry_lse, select_blocks
 from kernels_pallas.block_scores.mosaic_gpu import (
     Tiles,
-    block_scores_mosaic_gpu,
-    select_blocks_mosaic_gpu,
     tiles_for,
+)
+from kernels_pallas.block_scores.mosaic_gpu import (
+    block_scores as block_scores_mosaic_gpu,
+)
+from kernels_pallas.block_scores.mosaic_gpu import (
+    select_blocks as select_blocks_mosaic_gpu,
 )
 from kernels_pallas.block_scores.pooling import UNSEEN_SCORE
 from kernels_pallas.block_scores.reference import (
@@ -185,6 +189,7 @@ def test_interpreted_selection_equals_reference():
     check_selection((2, 11, 500, 2, 1, 64, 64), "ragged", MIXED, 4, Tiles(1, 8, 1, 2, 64), **how)
 
 
+@pytest.mark.full
 def test_interpreted_selection_of_single_heads():
     how = {"share": False, "tiles": Tiles(1, 8, 1, 2, 64)}
     check_selection((1, 11, 90, 2, 1, 64, 64), "causal", ONE, 3, **how)

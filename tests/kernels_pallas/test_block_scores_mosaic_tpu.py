@@ -11,9 +11,15 @@ from kernel_proof import relative_error, strictly_interpreted
 from kernels_pallas.block_scores import Pooling, block_scores, select_blocks
 from kernels_pallas.block_scores.mosaic_tpu import (
     Tiles,
-    block_scores_tpu,
-    entry_lse_tpu,
-    select_blocks_tpu,
+)
+from kernels_pallas.block_scores.mosaic_tpu import (
+    block_scores as block_scores_tpu,
+)
+from kernels_pallas.block_scores.mosaic_tpu import (
+    entry_lse as entry_lse_tpu,
+)
+from kernels_pallas.block_scores.mosaic_tpu import (
+    select_blocks as select_blocks_tpu,
 )
 from kernels_pallas.block_scores.mosaic_tpu_select import plan_selection, select_on_tpu
 from kernels_pallas.block_scores.pooling import UNSEEN_SCORE
@@ -231,6 +237,7 @@ def tied_heads(shape, seed=0):
     return jnp.asarray(q, jnp.float32), jnp.asarray(k, jnp.float32)
 
 
+@pytest.mark.full
 def test_exact_ties_in_log_space_go_to_the_nearest_block():
     """Lists equal the reference's where most blocks tie, across steps and segments."""
     q, k = tied_heads((1, 24, 180, 2, 1))

@@ -9,9 +9,13 @@ import pytest
 from kernels_pallas.ahead_of_time import TPU_CHIPS, compile_for_tpu, lower_for_tpu
 from kernels_pallas.block_scores import Pooling
 from kernels_pallas.block_scores.mosaic_tpu import (
-    block_scores_tpu,
-    entry_lse_tpu,
-    select_blocks_tpu,
+    block_scores as block_scores_tpu,
+)
+from kernels_pallas.block_scores.mosaic_tpu import (
+    entry_lse as entry_lse_tpu,
+)
+from kernels_pallas.block_scores.mosaic_tpu import (
+    select_blocks as select_blocks_tpu,
 )
 
 NSA = Pooling.geometric(32, 16, 64)

@@ -272,9 +272,9 @@ def test_default_positions_need_as_many_queries_as_keys():
         block_sparse_attention(q, k, v, indices, block_size=4)
 
 
-def test_missing_backend_is_not_a_value_error():
+def test_a_shape_that_a_named_backend_does_not_serve_is_not_a_value_error():
     q, k, v, indices = example(0, dtype=jnp.float32)
-    with pytest.raises(NotImplementedError, match="mosaic_tpu"):
+    with pytest.raises(NotImplementedError, match="block_size=4"):
         block_sparse_attention(q, k, v, indices, block_size=4, implementation="mosaic_tpu")
 
 

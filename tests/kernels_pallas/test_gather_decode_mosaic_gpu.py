@@ -217,6 +217,7 @@ def test_tokens_match_reference():
     prove_tokens(2, tiles=Tiles(slots=1, programs=1), J=4, S=150, P=90, full=True)
 
 
+@pytest.mark.full
 def test_rows_that_see_nothing():
     """Empty lists, and a query before the first key; tokens one by one from two arrays."""
     prove_decode(5, 3, T=2, K=1, J=1, N=2, S=40, P=4)

@@ -79,6 +79,7 @@ def test_odd_sizes_equal_the_reference(monkeypatch):
     prove(0, monkeypatch, B=2, T=2, J=1, G=3, bits=40, S=1100, noise=0.05)
 
 
+@pytest.mark.full
 def test_groups_of_sixteen_and_lists_that_overflow(monkeypatch):
     prove(1, monkeypatch, G=16, S=530, slots=40)
 

@@ -11,7 +11,7 @@ from mosaic_gpu_cases import check, draw_heads, expected, functional, interprete
 from kernels_pallas.ahead_of_time import lower_for_gpu
 from kernels_pallas.gpu_tiles import Tiles, tiles_for
 from kernels_pallas.ranged import ranged_attention
-from kernels_pallas.ranged.mosaic_gpu import ranged_attention_mosaic_gpu
+from kernels_pallas.ranged.mosaic_gpu import ranged_attention as ranged_attention_mosaic_gpu
 from kernels_pallas.ranged.reference import ranged_attention_reference
 
 ON_GPU = jax.default_backend() == "gpu"
@@ -64,6 +64,7 @@ def test_interpreted_equals_reference_odd_sizes_poisoned_repeatable():
     compare(0, (2, 45, 150, 3, 1, 96, 64), "random", twice=True)
 
 
+@pytest.mark.full
 def test_interpreted_equals_reference_unmasked_runs():
     """Whole runs that every row sees take the loop without a mask; G = 1; float16."""
     compare(1, (1, 70, 300, 1, 1, 64, 64), "causal", dtype=jnp.float16)

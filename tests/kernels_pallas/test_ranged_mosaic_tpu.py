@@ -18,7 +18,8 @@ from tpu_attention_cases import (
 from kernels_pallas import tpu
 from kernels_pallas.ahead_of_time import TPU_CHIPS, compile_for_tpu, lower_for_tpu
 from kernels_pallas.ranged import mosaic_tpu, mosaic_tpu_backward, ranged_attention
-from kernels_pallas.ranged.mosaic_tpu import Tiles, ranged_attention_tpu
+from kernels_pallas.ranged.mosaic_tpu import Tiles
+from kernels_pallas.ranged.mosaic_tpu import ranged_attention as ranged_attention_tpu
 from kernels_pallas.ranged.mosaic_tpu_plan import key_visits, plan_for, tile_spans, tiles_for
 from kernels_pallas.ranged.reference import ranged_attention_reference
 
