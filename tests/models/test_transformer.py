@@ -113,6 +113,19 @@ def numpy_decoder(params, tokens, config):
     return norm(x, params["final_norm"]["scale"]) @ params["unembedding"]
 
 
+def test_biases_are_zero_or_drawn_with_the_stated_scale():
+    def biases(**options):
+        params = split(make(tiny(scan_layers=False, qkv_bias=True, **options)))[1]
+        attention = params["layers"]["0"]["attention"]
+        return np.concatenate([attention[f"{name}_bias"].ravel() for name in "qkv"])
+
+    assert (biases() == 0).all()
+    drawn = biases(qkv_bias_scale=0.5)
+    assert 0.3 < drawn.std() < 0.7
+    with pytest.raises(ValueError, match=r"qkv_bias_scale=0\.5 .* qkv_bias=False"):
+        tiny(qkv_bias_scale=0.5)
+
+
 def test_logits_equal_numpy_decoder(x64):
     config = tiny(
         scan_layers=False,
