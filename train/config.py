@@ -197,6 +197,8 @@ class RunConfig:
       objective: "language_model" trains every parameter to predict the next token. "selector"
         trains only what the mechanisms select by, towards dense attention (``attend="fit"``): the
         language model stays as ``init_from`` left it, bit for bit.
+      frozen: names of parameters, or the beginnings of names ("embedding", "layers/0"), that
+        "language_model" leaves as they are, bit for bit.
       steps: optimizer updates in all.
       batch_size: rows of a step, over all devices and microbatches.
       sequence_length: tokens of a row.
@@ -220,6 +222,7 @@ class RunConfig:
     seed: int = 0
     init_from: str = ""
     objective: Literal["language_model", "selector"] = "language_model"
+    frozen: tuple[str, ...] = ()
     steps: int = 1000
     batch_size: int = 8
     sequence_length: int = 1024
@@ -258,6 +261,11 @@ class RunConfig:
             raise ValueError(
                 "objective='selector' fits selectors to a frozen, trained model: name its run "
                 "folder with --init-from"
+            )
+        if self.objective == "selector" and self.frozen:
+            raise ValueError(
+                f"frozen={self.frozen} with objective='selector', which freezes everything but the "
+                "selectors itself; leave one of the two out"
             )
         if self.data.length_bins and self.data.length_bins[-1] > self.sequence_length:
             raise ValueError(

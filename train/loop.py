@@ -220,8 +220,8 @@ def continued_state(config: RunConfig, placement: Placement) -> tuple[TrainState
 
 
 def frozen_arrays(config: RunConfig, state: TrainState) -> dict[str, list[Any]]:
-    """Shape, dtype and checksum of every parameter that the objective leaves alone, by name."""
-    if config.objective == "language_model":
+    """Shape, dtype and checksum of every parameter that the run leaves alone, by name."""
+    if config.objective == "language_model" and not config.frozen:
         return {}
     arrays = describe_arrays(state.params)
     learning = jax.tree_util.tree_leaves_with_path(trained(config, state.params))

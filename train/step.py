@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from models.transformer import Decoder, Tree, abstract, merge, split
 from train.config import RunConfig
-from train.optimizer import learning_rate_schedule, make_optimizer
+from train.optimizer import learning_rate_schedule, make_optimizer, parameter_name
 from train.sharding import Placement, abstract_with, batch_sharding, tree_shardings
 
 Batch = dict[str, Array]
@@ -88,13 +88,13 @@ def next_token_loss(
 
 
 def trained(config: RunConfig, params: Tree) -> Tree:
-    """The part of ``params`` that the run's objective trains, as a smaller tree.
+    """The part of ``params`` that the run trains, by its objective and ``frozen``: a smaller tree.
 
     Raises:
-      ValueError: if there is nothing to train.
+      ValueError: if there is nothing to train, or a frozen name is no parameter's.
     """
     if config.objective == "language_model":
-        return params
+        return without_frozen(params, config.frozen)
 
     layers = {}
     for run in config.model.runs:
@@ -112,6 +112,33 @@ def trained(config: RunConfig, params: Tree) -> Tree:
             "has no parameters of its own; choose a mechanism that learns what to select (hash, "
             "seer, dsa, nsa)"
         )
+    return part
+
+
+def without_frozen(params: Tree, frozen: tuple[str, ...]) -> Tree:
+    """``params`` without the leaves whose name is one of ``frozen`` or lies below one."""
+    known = [parameter_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    for name in frozen:
+        if not any(f"{leaf}/".startswith(f"{name}/") for leaf in known):
+            raise ValueError(
+                f"frozen={name!r} names no parameter; there are {', '.join(known)}, and the "
+                "groups that they are in"
+            )
+
+    def keep(tree: Tree, above: str) -> Tree:
+        kept = {}
+        for key, value in tree.items():
+            name = f"{above}{key}"
+            if name in frozen:
+                continue
+            value = keep(value, f"{name}/") if isinstance(value, dict) else value
+            if not isinstance(value, dict) or value:
+                kept[key] = value
+        return kept
+
+    part = keep(params, "")
+    if not part:
+        raise ValueError(f"frozen={frozen} leaves nothing to train")
     return part
 
 

@@ -12,7 +12,9 @@ from configs.tiny import config as tiny
 from models.transformer import HiddenOutput, abstract, merge
 from sparse_attn import Aux, Dense
 from train import step as step_module
+from train.config import UserError
 from train.loop import plan
+from train.optimizer import parameter_name
 from train.step import make_inspection, make_state, make_train_step, next_token_loss
 
 B, T, V = 4, 16, 259
@@ -142,6 +144,31 @@ def test_chunks_of_the_loss_do_not_change_the_step(config, batch):
     whole, _, _ = one_step(config, batch)
     chunked, _, _ = one_step(dataclasses.replace(config, loss_chunk=20), batch)
     close(whole[1], chunked[1], 1e-5)
+
+
+def test_frozen_parameters_stay_and_the_others_move(config, batch):
+    names = ("embedding", "layers/0/attention")
+    frozen = dataclasses.replace(config, frozen=names)
+    (after, _), state, _ = one_step(frozen, batch)
+    before = jax.device_get(make_state(config, plan(config)[1]).params)
+    moved = {
+        parameter_name(path): bool((old != new).any())
+        for (path, old), new in zip(
+            jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(after), strict=True
+        )
+    }
+    for name, changed in moved.items():
+        assert changed != any(f"{name}/".startswith(f"{start}/") for start in names), name
+    assert sum(moved.values()) not in (0, len(moved))
+    # No moments are kept for them either.
+    paths = jax.tree_util.tree_leaves_with_path(state.opt_state)
+    assert not any("embedding" in parameter_name(path) for path, _ in paths)
+    with pytest.raises(UserError, match=r"frozen='layers/7' names no parameter.*final_norm"):
+        one_step(dataclasses.replace(config, frozen=("layers/7",)), batch)
+    with pytest.raises(UserError, match="leaves nothing to train"):
+        one_step(dataclasses.replace(config, frozen=tuple(before)), batch)
+    with pytest.raises(ValueError, match="leave one of the two out"):
+        dataclasses.replace(frozen, objective="selector", init_from="runs/any")
 
 
 def test_the_step_compiles_once_gives_up_its_input_and_copies_nothing(config, batch):
