@@ -40,6 +40,7 @@ from sparse_attn.registry import (
     POLICIES,
     MechanismConfig,
     build_mechanism,
+    parse_mechanism,
     register,
     registered,
 )
@@ -101,6 +102,7 @@ __all__ = [
     "merge",
     "moba_attention",
     "nsa_attention",
+    "parse_mechanism",
     "policy_attention",
     "ranged_attention",
     "register",

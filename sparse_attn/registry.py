@@ -7,7 +7,9 @@ Both obey the same contract, and the property suite runs over both.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import ast
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -128,3 +130,40 @@ def build_mechanism(
         known = sorted(kind.__name__ for kind in _modules)
         raise TypeError(f"no mechanism is registered for {config!r}; known: {known}")
     return module(config, shape, rngs=rngs, param_dtype=param_dtype)
+
+
+def parse_mechanism(
+    text: str, known: Mapping[str, type[MechanismConfig]] | None = None
+) -> MechanismConfig:
+    """The config that ``NAME`` or ``NAME:FIELD=VALUE,...`` describes, as on command lines.
+
+    ``known`` are the names to choose from, by default all mechanisms and policies. Values are
+    Python literals; a bare word is a string: ``quest:budget=64,share=query``.
+
+    Raises:
+      ValueError: if the name or a field is unknown, or a value does not fit.
+    """
+    known = MECHANISMS | POLICIES if known is None else known
+    name, _, settings = text.partition(":")
+    if name not in known:
+        raise ValueError(f"{name!r} is none of the known: {', '.join(known)}")
+    kind: Any = known[name]
+    fields = [field.name for field in dataclasses.fields(kind)]
+    wanted = ValueError(f"{text!r} must read NAME:FIELD=VALUE,... with FIELD of {fields}")
+    try:
+        call = ast.parse(f"config({settings})", mode="eval").body
+        assert isinstance(call, ast.Call)
+        values = {
+            str(keyword.arg): keyword.value.id
+            if isinstance(keyword.value, ast.Name)
+            else ast.literal_eval(keyword.value)
+            for keyword in call.keywords
+        }
+    except (ValueError, SyntaxError) as error:
+        raise wanted from error
+    if call.args or not set(values) <= set(fields):
+        raise wanted
+    try:
+        return kind(**values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{text!r}: {error}") from error

@@ -7,7 +7,6 @@ python -m train.evaluate --checkpoint runs/quickstart-dense --policy quest:budge
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import dataclasses
 import logging
@@ -17,13 +16,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 from rich.console import Console
 from rich.markup import escape
 
-from sparse_attn import POLICIES, Dense, MechanismConfig
+from sparse_attn import POLICIES, Dense, MechanismConfig, parse_mechanism
 from train.config import (
     TOKENIZER_FOLDER,
     ConfigError,
@@ -110,30 +109,10 @@ def parse_policy(text: str) -> MechanismConfig:
     Raises:
       ConfigError: if the name or a field is unknown, or a value does not fit.
     """
-    name, _, settings = text.partition(":")
-    if name not in POLICIES:
-        raise ConfigError(f"--policy {name!r} is no policy; known: {', '.join(POLICIES)}")
-    kind: Any = POLICIES[name]
-    fields = [field.name for field in dataclasses.fields(kind)]
-    wanted = ConfigError(f"--policy {text!r} must read NAME:FIELD=VALUE,... with FIELD of {fields}")
     try:
-        call = ast.parse(f"policy({settings})", mode="eval").body
-        assert isinstance(call, ast.Call)
-        # A bare word is a string: share=query.
-        values = {
-            str(keyword.arg): keyword.value.id
-            if isinstance(keyword.value, ast.Name)
-            else ast.literal_eval(keyword.value)
-            for keyword in call.keywords
-        }
-    except (ValueError, SyntaxError) as error:
-        raise wanted from error
-    if call.args or not set(values) <= set(fields):
-        raise wanted
-    try:
-        return kind(**values)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"--policy {text!r}: {error}") from error
+        return parse_mechanism(text, POLICIES)
+    except ValueError as error:
+        raise ConfigError(f"--policy {error}") from error
 
 
 def evaluate(

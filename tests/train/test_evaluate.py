@@ -230,7 +230,7 @@ def test_policies_are_described_in_a_word_or_with_fields():
     assert described == Duo(streaming_heads=(0, 1), recent=8, sinks=2)
     assert evaluation.parse_policy("oracle_topk:share=group") == OracleTopK(share="group")
     for text, message in (
-        ("questt", "is no policy; known: .*quest"),
+        ("questt", "none of the known: .*quest"),
         ("quest:pages=4", "must read NAME:FIELD=VALUE"),
         ("quest:budget=", "must read NAME:FIELD=VALUE"),
         ("quest:4", "must read NAME:FIELD=VALUE"),
