@@ -41,7 +41,9 @@ class ModelConfig:
     key head before rotation; ``qkv_bias`` adds biases to those three projections, 0 at first, or
     drawn from N(0, ``qkv_bias_scale``^2): rotated biases attend by distance alone, which queries
     and keys without them, all content, have to learn.
-    ``embedding_multiplier`` scales token embeddings on the way in (not as output weights).
+    ``embedding_multiplier`` scales token embeddings on the way in (not as output weights),
+    ``residual_multiplier`` what each layer's attention and MLP add, ``logit_multiplier`` the final
+    hidden state before the unembedding (the three scales of muP as MiniCPM uses it).
     ``scan_layers`` stacks alike consecutive layers and scans over them where no cache is given.
     ``remat`` says what a backward pass keeps of a layer: "none" keeps everything, "full" only its
     input, "selection" its input, the selections and what scored them (nothing selects twice),
@@ -71,6 +73,8 @@ class ModelConfig:
     qkv_bias_scale: float = 0.0
     tie_embeddings: bool = True
     embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logit_multiplier: float = 1.0
     scan_layers: bool = True
     remat: Remat = "none"
     compute_dtype: DtypeName = "float32"

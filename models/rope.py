@@ -9,6 +9,7 @@ change ``f_i`` (and, for YaRN, the length of the rotated vectors), for models ru
     ntk      theta <- theta * factor**(d / (d - 2))         (NTK-aware, fixed factor)
     yarn     a ramp over i between f_i and f_i / factor     (NTK-by-parts, 2309.00071)
     llama3   the same idea with a ramp over the wavelength  (Llama 3.1)
+    longrope f_i / factor_i, one found for every pair       (LongRoPE, 2402.13753)
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from jaxtyping import Array, Float, Int
 
 from sparse_attn.types import Rope
 
-Scaling = Literal["none", "linear", "ntk", "yarn", "llama3"]
+Scaling = Literal["none", "linear", "ntk", "yarn", "llama3", "longrope"]
 Layout = Literal["half", "interleaved"]
 
 
@@ -33,9 +34,11 @@ class RopeConfig:
 
     ``rotary_fraction`` of the leading dims turn (0 switches rope off). Layout ``"half"`` pairs dim
     i with i + d/2 (Hugging Face), ``"interleaved"`` pairs 2i with 2i + 1 (the paper, GGUF).
-    ``factor`` is target over original context; ``original_context`` is needed by ``yarn`` and
-    ``llama3``. ``attention_factor`` scales the rotated q and k under ``yarn`` (so logits by its
-    square); None means ``0.1 ln(factor) + 1``. ``beta_fast`` and ``beta_slow`` are the numbers of
+    ``factor`` is target over original context; ``original_context`` is needed by ``yarn``,
+    ``llama3`` and ``longrope``. ``attention_factor`` scales the rotated q and k under ``yarn`` and
+    ``longrope`` (so logits by its square); None means ``0.1 ln(factor) + 1`` and
+    ``sqrt(1 + ln(factor) / ln(original_context))``. ``pair_factors`` are LongRoPE's, one a rotated
+    pair. ``beta_fast`` and ``beta_slow`` are the numbers of
     turns within the original context above which YaRN keeps a frequency, and below which it
     interpolates it; ``low_frequency_factor`` and ``high_frequency_factor`` play that part in
     ``llama3``.
@@ -55,6 +58,7 @@ class RopeConfig:
     attention_factor: float | None = None
     low_frequency_factor: float = 1.0
     high_frequency_factor: float = 4.0
+    pair_factors: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if self.scaling not in get_args(Scaling):
@@ -74,11 +78,18 @@ class RopeConfig:
                 f"factor={self.factor} has no effect with scaling='none'; "
                 "choose a scaling or set factor=1"
             )
-        if self.scaling in ("yarn", "llama3") and not self.original_context:
+        if self.scaling in ("yarn", "llama3", "longrope") and not self.original_context:
             raise ValueError(
                 f"scaling={self.scaling!r} needs original_context, the trained context length; "
                 f"it is {self.original_context}"
             )
+        if (self.scaling == "longrope") != bool(self.pair_factors):
+            raise ValueError(
+                f"pair_factors={self.pair_factors} belong to scaling='longrope', which needs one a "
+                f"rotated pair; scaling={self.scaling!r}"
+            )
+        if any(factor <= 0 for factor in self.pair_factors):
+            raise ValueError(f"pair_factors={self.pair_factors} must be positive")
         if self.beta_fast <= self.beta_slow:
             raise ValueError(f"beta_fast={self.beta_fast} must be above beta_slow={self.beta_slow}")
         if self.high_frequency_factor <= self.low_frequency_factor:
@@ -104,7 +115,11 @@ class RopeConfig:
 
 
 def frequencies(config: RopeConfig, dims: int) -> np.ndarray:
-    """f_i of the module docstring, float64 [dims / 2], in radians a position."""
+    """f_i of the module docstring, float64 [dims / 2], in radians a position.
+
+    Raises:
+      ValueError: if there are not as many ``pair_factors`` as pairs.
+    """
     pair = np.arange(dims // 2, dtype=np.float64)
     theta = config.theta
     if config.scaling == "ntk":
@@ -116,6 +131,13 @@ def frequencies(config: RopeConfig, dims: int) -> np.ndarray:
         return _yarn(config, base, dims)
     if config.scaling == "llama3":
         return _llama3(config, base)
+    if config.scaling == "longrope":
+        if len(config.pair_factors) != dims // 2:
+            raise ValueError(
+                f"{len(config.pair_factors)} pair_factors do not fit {dims} rotated dims; "
+                f"longrope needs {dims // 2}, one a pair"
+            )
+        return base / np.asarray(config.pair_factors)
     return base
 
 
@@ -146,11 +168,14 @@ def _llama3(config: RopeConfig, base: np.ndarray) -> np.ndarray:
 
 
 def magnitude(config: RopeConfig) -> float:
-    """The length of a rotated unit vector: 1, except under YaRN's attention temperature."""
-    if config.scaling != "yarn":
+    """The length of a rotated unit vector: 1, except under YaRN's and LongRoPE's temperature."""
+    if config.scaling not in ("yarn", "longrope"):
         return 1.0
     if config.attention_factor is not None:
         return config.attention_factor
+    if config.scaling == "longrope":
+        assert config.original_context is not None
+        return math.sqrt(1 + math.log(config.factor) / math.log(config.original_context))
     return 0.1 * math.log(config.factor) + 1.0
 
 

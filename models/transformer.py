@@ -156,6 +156,8 @@ class Decoder(nnx.Module):
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Scores over the vocabulary, products in the compute dtype, at least float32."""
         wide = jnp.promote_types(hidden.dtype, jnp.float32)
+        if self.config.logit_multiplier != 1.0:
+            hidden = hidden * jnp.asarray(self.config.logit_multiplier, hidden.dtype)
         if self.config.tie_embeddings:
             weight = self.embedding[...].astype(hidden.dtype)
             return jnp.einsum("...D,VD->...V", hidden, weight, preferred_element_type=wide)

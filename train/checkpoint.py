@@ -261,6 +261,18 @@ class Checkpoints:
                 raise self._damaged(step, f"the values of {name} are not those that were saved")
 
 
+def is_run(source: str | Path) -> bool:
+    """Whether ``source`` names a run folder, and not a published model.
+
+    Published are a file, a folder with settings but no checkpoints, and the name of a package. A
+    path that does not exist counts as a run, so that the error speaks of training it first.
+    """
+    path = Path(source)
+    published = (path / "config.json").exists() and not (path / FOLDER).exists()
+    package = not path.exists() and not {"/", "\\"} & set(str(source))
+    return not (path.is_file() or published or package)
+
+
 def load_decoder(run_dir: str | Path, step: int | None = None) -> tuple[Decoder, RunConfig, int]:
     """The trained model of a run, on one device, without its optimizer.
 

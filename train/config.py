@@ -192,8 +192,10 @@ class RunConfig:
       model: sizes of the decoder and its attention mechanism.
       run_dir: folder of the run: configuration, metrics, checkpoints, evaluation.
       seed: of the parameters and of the order of the text.
-      init_from: run folder of a trained model to start from instead of random parameters; its
-        attention may be another one (see ``models.upcycle``). Empty: none.
+      init_from: what to start from instead of random parameters: the run folder of a trained
+        model, or a published model (a Hugging Face folder, a .gguf file, a package's name; see
+        ``models.loading``) with ``TokenizerConfig(kind="published")``. Its attention may be another
+        one (see ``models.upcycle``). Empty: nothing.
       objective: "language_model" trains every parameter to predict the next token. "selector"
         trains only what the mechanisms select by, towards dense attention (``attend="fit"``): the
         language model stays as ``init_from`` left it, bit for bit.
@@ -279,7 +281,14 @@ class RunConfig:
                 f"block of {type(self.model.attention).__name__} that documents are aligned to; "
                 f"use {max(self.sequence_length // alignment, 1) * alignment} or change the block"
             )
-        needed = 259 if self.tokenizer.kind == "bytes" else self.tokenizer.vocab_size
+        if self.tokenizer.kind == "published" and not self.init_from:
+            raise ValueError(
+                "the tokenizer of kind 'published' comes with a published model: name it with "
+                "--init-from"
+            )
+        needed = {"bytes": 259, "published": 1}.get(
+            self.tokenizer.kind, self.tokenizer.vocab_size
+        )
         if self.model.vocab_size < needed:
             raise ValueError(
                 f"model.vocab_size={self.model.vocab_size} is smaller than the {needed} tokens of "

@@ -17,9 +17,11 @@ import jax
 from flax import nnx
 from rich.console import Console
 
+from models.loading import load
+from models.loading.sources import open_checkpoint
 from models.transformer import count_parameters, split
 from models.upcycle import upcycle
-from train.checkpoint import Checkpoints, describe_arrays, load_decoder
+from train.checkpoint import Checkpoints, describe_arrays, is_run, load_decoder
 from train.config import (
     CONFIG_FILE,
     TOKENIZER_FOLDER,
@@ -181,8 +183,8 @@ def start_state(
 ) -> tuple[TrainState, int]:
     """A fresh state, or the newest checkpoint's with the input put back to its place."""
     if checkpoints.latest is None and config.init_from:
-        state, step = continued_state(config, placement)
-        console.print(f"new run in {config.run_dir}, from step {step} of {config.init_from}")
+        state, origin = continued_state(config, placement)
+        console.print(f"new run in {config.run_dir}, from {origin}")
         return state, 0
     if checkpoints.latest is None:
         console.print(f"new run in {config.run_dir}")
@@ -196,17 +198,24 @@ def start_state(
     return restored.state, restored.step
 
 
-def continued_state(config: RunConfig, placement: Placement) -> tuple[TrainState, int]:
-    """A fresh state with the weights of the run ``config.init_from``, and that run's last step.
+def continued_state(config: RunConfig, placement: Placement) -> tuple[TrainState, str]:
+    """A fresh state with the weights of ``config.init_from``, and where they come from, in words.
 
     Raises:
-      UserError: if that run has no usable checkpoint, or its model cannot become this one.
+      UserError: if that run has no usable checkpoint, there is no such published model, or the
+        model cannot become this one.
     """
-    decoder, source, step = load_decoder(config.init_from)
+    if is_run(config.init_from):
+        decoder, source, step = load_decoder(config.init_from)
+        model, origin = source.model, f"step {step} of {config.init_from}"
+    else:
+        with user_errors():
+            decoder, model, _, _ = load(config.init_from, tokenizer=False)
+        origin = f"the published model {config.init_from}"
     _, params, state = split(decoder)
     rngs = nnx.Rngs(jax.random.key(config.seed, impl="rbg"))
     with user_errors():
-        continued = upcycle(params, source.model, config.model, rngs=rngs, state=state)
+        continued = upcycle(params, model, config.model, rngs=rngs, state=state)
     _, params, state = split(continued)
     fresh = make_state(config, placement)
     return (
@@ -215,7 +224,7 @@ def continued_state(config: RunConfig, placement: Placement) -> tuple[TrainState
             params=jax.device_put(params, placement.state.params),
             state=jax.device_put(state, placement.state.state),
         ),
-        step,
+        origin,
     )
 
 
@@ -262,6 +271,17 @@ def inherited_tokenizer(config: RunConfig) -> Tokenizer:
     Raises:
       UserError: if there is no such run, or this run's configuration asks for another tokenizer.
     """
+    if not is_run(config.init_from):
+        if config.tokenizer.kind != "published":
+            raise UserError(
+                f"{config.init_from} comes with its own tokenizer, this run asks for "
+                f"{config.tokenizer}; use TokenizerConfig(kind='published')"
+            )
+        with user_errors():
+            tokenizer = open_checkpoint(config.init_from).tokenizer()
+        if tokenizer is None:
+            raise UserError(f"{config.init_from} comes without a tokenizer: add tokenizer.json")
+        return tokenizer
     theirs = load_run_config(config.init_from).tokenizer
     if theirs != config.tokenizer:
         raise UserError(

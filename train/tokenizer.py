@@ -1,7 +1,9 @@
 """Tokenizers without loss: ``decode(encode(text)) == text``, and every token knows its bytes.
 
 Losslessness is what makes bits per byte comparable between tokenizers: the bytes of the scored
-tokens add up to the bytes of the text, whatever the vocabulary.
+tokens add up to the bytes of the text, whatever the vocabulary. Tokenizers that were published
+with models (:func:`load_tokenizer`) follow the same protocol; a few of them normalise text first or
+put a space in front of it, and are lossless but for that.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int
@@ -28,24 +30,28 @@ _MODEL_FILE = "tokenizer.model"
 _CONFIG_FILE = "tokenizer.json"
 
 
+TokenizerKind = Literal["sentencepiece", "bytes", "published"]
+
+
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
     """How text becomes tokens.
 
     ``kind``: ``"sentencepiece"`` learns ``vocab_size`` pieces from the training split;
-    ``"bytes"`` needs no training and always has 259 ids (``vocab_size`` is ignored).
+    ``"bytes"`` needs no training and always has 259 ids (``vocab_size`` is ignored);
+    ``"published"`` is the one that comes with the published model a run starts from.
     ``algorithm``: sentencepiece's unigram or bpe. ``training_bytes``: at most about this much text
     (lines spread evenly over the split) is shown to the trainer; it bounds the training time.
     """
 
-    kind: Literal["sentencepiece", "bytes"] = "sentencepiece"
+    kind: TokenizerKind = "sentencepiece"
     vocab_size: int = 4096
     algorithm: Literal["unigram", "bpe"] = "unigram"
     training_bytes: int = 4_000_000
 
     def __post_init__(self) -> None:
-        if self.kind not in ("sentencepiece", "bytes"):
-            raise ValueError(f"tokenizer kind={self.kind!r}; choose 'sentencepiece' or 'bytes'")
+        if self.kind not in get_args(TokenizerKind):
+            raise ValueError(f"tokenizer kind={self.kind!r}; choose of {get_args(TokenizerKind)}")
         if self.algorithm not in ("unigram", "bpe"):
             raise ValueError(f"tokenizer algorithm={self.algorithm!r}; choose 'unigram' or 'bpe'")
         if self.kind == "sentencepiece" and self.vocab_size < 300:
@@ -111,7 +117,7 @@ class ByteTokenizer:
 
     def decode(self, ids: Sequence[int] | Int[np.ndarray, "T"]) -> str:
         """The text; special tokens are empty, broken utf-8 becomes U+FFFD."""
-        ids = _checked_ids(ids, self.vocab_size)
+        ids = checked_ids(ids, self.vocab_size)
         return (ids[ids >= 3] - 3).astype(np.uint8).tobytes().decode("utf-8", errors="replace")
 
     def save(self, folder: str | os.PathLike) -> None:
@@ -120,27 +126,27 @@ class ByteTokenizer:
 
 
 class SentencePieceTokenizer:
-    """A trained sentencepiece model, read so that nothing is lost.
+    """A sentencepiece model, read so that nothing is lost.
 
-    Ids 0, 1, 2 are pad, bos, eos; 3 is sentencepiece's unknown, which byte fallback never emits.
     Decoding joins the bytes of the pieces instead of calling sentencepiece, because its own
-    decoder cannot tell a space from a literal U+2581.
+    decoder cannot tell a space from a literal U+2581. Models of :func:`train_sentencepiece` have
+    pad, bos and eos at 0, 1, 2 and an unknown token that byte fallback never emits. A published
+    model keeps its own ids; without a token for padding or the beginning, the one for the end
+    serves. If it puts a space in front of every text (Llama 2), decoding takes it away again.
 
     Args:
-      model: the serialised model, as ``train_sentencepiece`` returns it.
+      model: the serialised model, as ``train_sentencepiece`` returns it, or a ``.model`` file.
 
     Raises:
-      ValueError: if ``model`` is not a sentencepiece model made by ``train_sentencepiece``.
+      ValueError: if ``model`` is not a sentencepiece model, or has no end token.
     """
-
-    pad_id, bos_id, eos_id = _PAD, _BOS, _EOS
 
     def __init__(self, model: bytes) -> None:
         import sentencepiece
 
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-            special = tuple(
+            pad, bos, eos = (
                 getattr(self._processor, name)() for name in ("pad_id", "bos_id", "eos_id")
             )
         except RuntimeError as error:
@@ -148,11 +154,9 @@ class SentencePieceTokenizer:
                 f"{len(model)} bytes are no sentencepiece model ({error}); "
                 "delete the file to have it trained again"
             ) from error
-        if special != (_PAD, _BOS, _EOS):
-            raise ValueError(
-                f"sentencepiece model has (pad, bos, eos)={special}, expected "
-                f"{(_PAD, _BOS, _EOS)}; train it with train_sentencepiece"
-            )
+        if eos < 0:
+            raise ValueError("the sentencepiece model has no end token, so texts cannot be parted")
+        self.pad_id, self.bos_id, self.eos_id = (eos if i < 0 else i for i in (pad, bos, eos))
         self.model = model
         self.vocab_size = self._processor.vocab_size()
         self.fingerprint = "sentencepiece-" + hashlib.sha256(model).hexdigest()[:32]
@@ -161,6 +165,10 @@ class SentencePieceTokenizer:
         self._mark_ids = [
             self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode("utf-8")
         ]
+        first = "".join(self._processor.encode("a", out_type=str))
+        self._prefixes_space = first.startswith(_SPACE_MARK)
+        can_spell = self._processor.unk_id() not in self._mark_ids
+        self._spells_marks = can_spell and not self._prefixes_space
 
     def _piece_bytes(self, token: int) -> bytes:
         if self._processor.is_control(token) or self._processor.is_unknown(token):
@@ -180,16 +188,9 @@ class SentencePieceTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[Int[np.ndarray, "T"]]:
         """``[encode(text) for text in texts]`` on two threads."""
-        for index, text in enumerate(texts):
-            try:
-                text.encode("utf-8")
-            except UnicodeEncodeError as error:
-                raise ValueError(
-                    f"text {index} cannot be written as utf-8 ({error}); "
-                    "replace lone surrogates before encoding"
-                ) from error
+        check_texts(texts)
         # A literal space mark is spelled with its three byte pieces.
-        parts = [text.split(_SPACE_MARK) for text in texts]
+        parts = [text.split(_SPACE_MARK) if self._spells_marks else [text] for text in texts]
         flat = [part for split in parts for part in split]
         encoded = iter(self._processor.encode(flat, num_threads=2)) if flat else iter(())
         result = []
@@ -203,8 +204,9 @@ class SentencePieceTokenizer:
 
     def decode(self, ids: Sequence[int] | Int[np.ndarray, "T"]) -> str:
         """The text; special tokens are empty, broken utf-8 becomes U+FFFD."""
-        checked = _checked_ids(ids, self.vocab_size)
-        return b"".join(self._pieces[i] for i in checked).decode("utf-8", errors="replace")
+        checked = checked_ids(ids, self.vocab_size)
+        text = b"".join(self._pieces[i] for i in checked).decode("utf-8", errors="replace")
+        return text.removeprefix(" ") if self._prefixes_space else text
 
     def save(self, folder: str | os.PathLike) -> None:
         """Write what ``load_tokenizer(folder)`` needs."""
@@ -288,6 +290,11 @@ def build_tokenizer(
       texts: the documents of the training split (never of another one).
       cache_dir: where trained models are kept; None keeps nothing.
     """
+    if config.kind == "published":
+        raise ValueError(
+            "the tokenizer of kind 'published' comes with the model a run starts from; it is not "
+            "built from texts"
+        )
     if config.kind == "bytes":
         return ByteTokenizer()
     path = None
@@ -308,28 +315,50 @@ def build_tokenizer(
     return SentencePieceTokenizer(model)
 
 
-def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
-    """The tokenizer that ``tokenizer.save(folder)`` wrote.
+def load_tokenizer(source: str | os.PathLike) -> Tokenizer:
+    """The tokenizer that ``tokenizer.save(folder)`` wrote, or one that came with a model.
+
+    Args:
+      source: a folder, in which ``tokenizer.json`` (ours or Hugging Face's) goes before
+        ``tokenizer.model`` (sentencepiece); or such a file, of any name that ends alike.
 
     Raises:
-      FileNotFoundError: if ``folder`` holds no tokenizer.
+      FileNotFoundError: if there is no tokenizer.
       ValueError: if its files are damaged or do not belong together.
     """
-    description_path = Path(folder) / _CONFIG_FILE
-    if not description_path.exists():
-        raise FileNotFoundError(f"{folder} holds no {_CONFIG_FILE}; save a tokenizer there first")
+    path = Path(source)
+    if path.is_dir():
+        candidates = [path / _CONFIG_FILE, path / _MODEL_FILE]
+        path = next((file for file in candidates if file.exists()), candidates[0])
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{source} holds no {_CONFIG_FILE} and no {_MODEL_FILE}; save a tokenizer there first"
+        )
+    if path.suffix != ".json":
+        return SentencePieceTokenizer(path.read_bytes())
     try:
-        description = json.loads(description_path.read_text(encoding="utf-8"))
-        kind, fingerprint = description["kind"], description["fingerprint"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{description_path} is damaged: {error!r}") from error
+        description = json.loads(path.read_text(encoding="utf-8"))
+        published = "model" in description
+        kind, fingerprint = description.get("kind"), description.get("fingerprint")
+        if not published and (kind is None or fingerprint is None):
+            raise KeyError("kind" if kind is None else "fingerprint")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: {error!r}") from error
+    if published:
+        from models.loading.tokenizer import load_hugging_face
+
+        return load_hugging_face(path)
+    return _load_saved(path.parent, kind, fingerprint)
+
+
+def _load_saved(folder: Path, kind: str, fingerprint: str) -> Tokenizer:
     tokenizer: Tokenizer
     if kind == "bytes":
         tokenizer = ByteTokenizer()
     elif kind == "sentencepiece":
-        tokenizer = SentencePieceTokenizer((Path(folder) / _MODEL_FILE).read_bytes())
+        tokenizer = SentencePieceTokenizer((folder / _MODEL_FILE).read_bytes())
     else:
-        raise ValueError(f"{description_path}: unknown tokenizer kind {kind!r}")
+        raise ValueError(f"{folder / _CONFIG_FILE}: unknown tokenizer kind {kind!r}")
     if tokenizer.fingerprint != fingerprint:
         raise ValueError(
             f"{folder}: the model has fingerprint {tokenizer.fingerprint}, {_CONFIG_FILE} says "
@@ -374,7 +403,28 @@ def _save_description(folder: Path, description: dict[str, str]) -> None:
     write_atomically(folder / _CONFIG_FILE, data.encode("utf-8"))
 
 
-def _checked_ids(ids: Sequence[int] | Int[np.ndarray, "T"], vocab_size: int) -> np.ndarray:
+def check_texts(texts: Sequence[str]) -> None:
+    """Refuse text that has no utf-8 form.
+
+    Raises:
+      ValueError: with the place of the first such text.
+    """
+    for index, text in enumerate(texts):
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"text {index} cannot be written as utf-8 ({error}); "
+                "replace lone surrogates before encoding"
+            ) from error
+
+
+def checked_ids(ids: Sequence[int] | Int[np.ndarray, "T"], vocab_size: int) -> np.ndarray:
+    """``ids`` as a flat array.
+
+    Raises:
+      ValueError: for an id outside the vocabulary.
+    """
     array = np.asarray(ids, np.int64).reshape(-1)
     outside = array[(array < 0) | (array >= vocab_size)]
     if outside.size:

@@ -87,7 +87,11 @@ def test_stop_token_ends_its_prompt_alone(decoder, greedy):
 
 def test_other_prompts_of_a_batch_compile_nothing(decoder, greedy):
     graphdef = split(decoder)[0]
-    programs = [make(graphdef, Sampling()) for make in (generation._prefill, generation._decode)]
+    programs = [
+        generation._prefill(graphdef),
+        generation._first(graphdef, Sampling()),
+        generation._decode(graphdef, Sampling()),
+    ]
     before = [program._cache_size() for program in programs]
     assert min(before) >= 1
     assert generate(decoder, [prompt[1:] for prompt in PROMPTS], NEW + 5) != greedy
@@ -158,3 +162,24 @@ def test_mechanisms_that_see_the_future_are_refused(plain, monkeypatch):
     monkeypatch.setattr(type(plain.config.attention), "causal", False)
     with pytest.raises(ValueError, match="which is not causal: a later token can change"):
         generate(plain, [[1]], 2)
+
+
+def test_prefill_in_chunks_changes_no_token(decoder):
+    # The second prompt ends in the first piece, the third one at the end of the second piece.
+    prompts = [[3 + i % 40 for i in range(150)], [11, 4], [8, 5] * 64]
+    whole = generate(decoder, prompts, NEW)
+    assert generate(decoder, prompts, NEW, prefill_chunk=40) == whole
+    with pytest.raises(ValueError, match="prefill_chunk=0"):
+        generate(decoder, prompts, NEW, prefill_chunk=0)
+
+
+def test_a_caller_can_end_a_prompt(plain):
+    greedy = generate(plain, PROMPTS, NEW)
+    seen = {}
+
+    def ended(row, tokens):
+        seen[row] = list(tokens)
+        return len(tokens) == (2, 4, NEW + 1)[row]
+
+    assert generate(plain, PROMPTS, NEW, ended=ended) == [greedy[0][:2], greedy[1][:4], greedy[2]]
+    assert seen[1] == greedy[1][:4]

@@ -26,6 +26,8 @@ def expected_frequency(config, i, d=H):
         return f / config.factor
     if config.scaling == "ntk":
         return base(i, d, THETA * config.factor ** (d / (d - 2)))
+    if config.scaling == "longrope":
+        return f / config.pair_factors[i]
     turns = config.original_context * f / (2 * math.pi)
     if config.scaling == "llama3":
         if turns > config.high_frequency_factor:
@@ -48,7 +50,10 @@ def expected_frequency(config, i, d=H):
 def expected_rotation(config, array, positions, d=H):
     """Turn each pair as a complex number."""
     out = np.array(array, np.float64)
-    length = 0.1 * math.log(config.factor) + 1 if config.scaling == "yarn" else 1.0
+    length = {
+        "yarn": 0.1 * math.log(config.factor) + 1,
+        "longrope": math.sqrt(1 + math.log(config.factor) / math.log(config.original_context or 2)),
+    }.get(config.scaling, 1.0)
     for i in range(d // 2):
         a, b = (i, i + d // 2) if config.layout == "half" else (2 * i, 2 * i + 1)
         angle = positions[:, :, None] * expected_frequency(config, i, d)
@@ -65,6 +70,12 @@ VARIANTS = [
     RopeConfig(scaling="yarn", factor=16.0, original_context=256),
     RopeConfig(scaling="yarn", factor=2.0, original_context=4096, layout="interleaved"),
     RopeConfig(scaling="llama3", factor=8.0, original_context=512),
+    RopeConfig(
+        scaling="longrope",
+        factor=4.0,
+        original_context=512,
+        pair_factors=(1.0, 1.0, 1.2, 1.5, 2.0, 3.0, 5.0, 9.0),
+    ),
 ]
 
 
@@ -99,7 +110,7 @@ def test_products_depend_on_the_distance_alone(x64, config):
 
 
 def test_scaled_variants_keep_fast_pairs_and_slow_down_slow_ones():
-    for config in VARIANTS[4:]:
+    for config in (variant for variant in VARIANTS if variant.scaling in ("yarn", "llama3")):
         assert math.isclose(expected_frequency(config, 0), 1.0)
         assert math.isclose(expected_frequency(config, 7), base(7) / config.factor)
 
@@ -160,6 +171,12 @@ def test_gradient_is_the_inverse_rotation(x64):
         ({"factor": 4.0}, "factor=4.0 has no effect"),
         ({"rotary_fraction": 1.5}, r"rotary_fraction=1.5 must lie in \[0, 1\]"),
         ({"scaling": "yarn", "factor": 2.0}, "scaling='yarn' needs original_context"),
+        ({"scaling": "longrope", "original_context": 8}, r"pair_factors=\(\) belong to scaling='l"),
+        ({"pair_factors": (1.0,)}, "which needs one a rotated pair; scaling='none'"),
+        (
+            {"scaling": "longrope", "original_context": 8, "pair_factors": (1.0, 0.0)},
+            "must be positive",
+        ),
         ({"beta_fast": 1.0, "beta_slow": 2.0}, "beta_fast=1.0 must be above beta_slow=2.0"),
         ({"high_frequency_factor": 1.0}, "high_frequency_factor=1.0 must be above"),
     ],
@@ -172,6 +189,9 @@ def test_nonsense_configs_are_refused(arguments, message):
 def test_calls_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"head_width=15 .* leaves 15 dims"):
         make_rope(RopeConfig(), 15)
+    factors = make_rope(RopeConfig(scaling="longrope", original_context=8, pair_factors=(2.0,)), H)
+    with pytest.raises(ValueError, match="1 pair_factors do not fit 16 rotated dims"):
+        factors(jnp.ones((1, 1, 1, H)), jnp.zeros((1, 1), jnp.int32))
     rope = make_rope(RopeConfig(), H)
     array, positions = jnp.ones((2, 5, 3, H)), jnp.zeros((2, 5), jnp.int32)
     with pytest.raises(ValueError, match=r"positions \[B, T\]; got"):

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from train_cases import run
 
+from models.loading import export, load_config
 from models.transformer import split
 from sparse_attn import NSA, Dense
 from train.checkpoint import load_decoder
 from train.config import TokenizerConfig, UserError
 from train.reporting import read_metrics
+from train.tokenizer import load_tokenizer
 
 SPARSE = dataclasses.replace(NSA.tiny()[0], window=8, implementation="reference")
 
@@ -96,3 +98,34 @@ def test_a_source_that_does_not_fit_is_refused(dense):
         run(other)
     with pytest.raises(ValueError, match="--init-from"):
         dataclasses.replace(dense, objective="selector")
+
+
+def test_a_run_starts_from_a_published_model(dense, tmp_path):
+    """An exported model stands in for one from elsewhere: a folder with settings and tensors."""
+    decoder, _, _ = load_decoder(dense.run_dir)
+    folder = tmp_path / "published"
+    tokenizer = load_tokenizer(Path(dense.run_dir) / "tokenizer")
+    export(decoder, folder, context_length=64, tokenizer=tokenizer)
+    model = dataclasses.replace(load_config(folder), attention=Dense(), scan_layers=True)
+    begin = dataclasses.replace(
+        dense,
+        run_dir=str(tmp_path / "started"),
+        init_from=str(folder),
+        model=model,
+        tokenizer=TokenizerConfig(kind="published"),
+        steps=1,
+    )
+    _, said = run(begin)
+    assert f"from the published model {folder}" in said
+    first = read_metrics(begin.run_dir)[0]["loss"]
+    # The same weights on the same text as a run that goes on from the run itself.
+    again = continuing(dense, Dense(), "again", steps=1)
+    run(again)
+    assert first == pytest.approx(read_metrics(again.run_dir)[0]["loss"], rel=1e-5)
+    other = dataclasses.replace(begin, tokenizer=dense.tokenizer, run_dir=str(tmp_path / "b"))
+    with pytest.raises(UserError, match="use TokenizerConfig"):
+        run(other)
+    with pytest.raises(ValueError, match="name it with --init-from"):
+        dataclasses.replace(begin, init_from="")
+    with pytest.raises(UserError, match="neither a path nor an installed package"):
+        run(dataclasses.replace(begin, init_from="no-such-model", run_dir=str(tmp_path / "c")))

