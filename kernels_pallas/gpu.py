@@ -34,6 +34,7 @@ __all__ = [
     "add_product",
     "check_device",
     "check_dtypes",
+    "chip_kind",
     "integer",
     "padded_width",
     "product",
@@ -100,6 +101,14 @@ def check_device() -> None:
             f"CUDA {version // 1000}.{version % 1000 // 10}.{version % 10} miscompiles masks; "
             "install CUDA 12.9.1 or later, or use implementation='xla'"
         )
+
+
+def chip_kind() -> str:
+    """Kind of the GPU that is traced for, "" if there is none: as :func:`tpu.chip_kind`."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is not None:
+        return device.device_kind
+    return jax.devices()[0].device_kind if jax.default_backend() in ("gpu", "cuda") else ""
 
 
 def _cuda_version() -> int | None:

@@ -1,6 +1,7 @@
 """What the kernel tests share: interpretation with races as failures, and relative errors."""
 
 import contextlib
+import dataclasses
 import importlib
 
 import jax
@@ -14,10 +15,26 @@ _INTERPRETERS = {
 }
 
 
+@dataclasses.dataclass
+class Seen:
+    """What one test saw: how many times it interpreted, and its worst error of each bound."""
+
+    runs: int = 0
+    errors: dict[float, float] = dataclasses.field(default_factory=dict)
+
+    def clear(self):
+        self.runs, self.errors = 0, {}
+
+
+SEEN = Seen()
+"""Of the test that runs; tests/kernels_pallas/conftest.py puts it in pytest's report."""
+
+
 @contextlib.contextmanager
 def strictly_interpreted(platform):
     """Kernels traced *and run* inside are interpreted; fails if an access raced with another."""
     interpreter = importlib.import_module(_INTERPRETERS[platform])
+    SEEN.runs += 1
     try:
         with interpreted():
             yield
@@ -36,3 +53,10 @@ def relative_error(result, expected):
     size = np.sqrt(np.mean(expected**2))
     error = np.sqrt(np.mean((result - expected) ** 2))
     return error if size == 0 else error / size
+
+
+def hold(result, expected, bound, name="result"):
+    """The :func:`relative_error` is below ``bound``."""
+    error = relative_error(result, expected)
+    SEEN.errors[bound] = max(float(error), SEEN.errors.get(bound, 0.0))
+    assert error < bound, f"{name}: relative error {error:.2e} of {bound:.0e}"

@@ -286,9 +286,7 @@ class RunConfig:
                 "the tokenizer of kind 'published' comes with a published model: name it with "
                 "--init-from"
             )
-        needed = {"bytes": 259, "published": 1}.get(
-            self.tokenizer.kind, self.tokenizer.vocab_size
-        )
+        needed = {"bytes": 259, "published": 1}.get(self.tokenizer.kind, self.tokenizer.vocab_size)
         if self.model.vocab_size < needed:
             raise ValueError(
                 f"model.vocab_size={self.model.vocab_size} is smaller than the {needed} tokens of "

@@ -13,12 +13,11 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas import gpu
+from kernels_pallas import gpu, tuned
 from kernels_pallas.block_scores.mosaic_gpu_select import select_on_gpu
 from kernels_pallas.block_scores.mosaic_gpu_tiles import Tiles, tiles_for
 from kernels_pallas.block_scores.pooling import BlockScores, Pooling
 from kernels_pallas.block_scores.ranking import Ranking
-from kernels_pallas.gpu_tiles import tiles_for as attention_tiles_for
 from kernels_pallas.ranged import mosaic_gpu as ranged
 from kernels_pallas.ranged.few_rows import FEW_ROWS
 
@@ -57,7 +56,7 @@ def block_scores(
     """
     width = _check("block_scores", tiles, q=q, k=k, v=v)
     lists = k.shape[2]
-    tiles = _sizes(q, lists, selected, width, tiles)
+    tiles = _sizes(q, lists, pooling, selected, width, tiles)
     gpu.padded_width("block_scores", v.shape[3])
     if scale < 0:
         q, scale = -q, -scale
@@ -107,7 +106,7 @@ def select_blocks(
     width = _check("select_blocks", tiles, q=q, k=k)
     heads, kv_heads = q.shape[2], k.shape[2]
     lists = kv_heads if share else heads
-    tiles = _sizes(q, lists, selected, width, tiles)
+    tiles = _sizes(q, lists, pooling, selected, width, tiles)
     shift = None
     # One head's order does not depend on its normaliser, a sum over heads and a threshold do.
     if heads > lists or floor is not None:
@@ -186,11 +185,30 @@ def _check(op: str, tiles: Tiles | None, **arrays: jax.Array) -> int:
     return gpu.padded_width(op, q.shape[3])
 
 
-def _sizes(q: jax.Array, lists: int, selected: int, width: int, tiles: Tiles | None) -> Tiles:
+def _sizes(
+    q: jax.Array, lists: int, pooling: Pooling, selected: int, width: int, tiles: Tiles | None
+) -> Tiles:
+    """``tiles``, measured ones or sizes by rule; raises what does not fit."""
     group = q.shape[2] // lists
+
+    def check(tiles: Tiles) -> None:
+        tiles.check(width, group)
+
     if tiles is None:
-        tiles = tiles_for(width, group, selected, q.shape[1])
-    tiles.check(width, group)
+        tiles = tuned.choose(
+            "select_blocks",
+            gpu.chip_kind(),
+            tiles_for(width, group, selected, q.shape[1]),
+            check,
+            length=q.shape[1],
+            group=group,
+            width=width,
+            stride=pooling.stride,
+            weights=len(pooling.weights),
+            selected=selected,
+            dtype=str(q.dtype),
+        )
+    check(tiles)
     return tiles
 
 
@@ -207,10 +225,8 @@ def _attend_fwd(q, k, v, start, stop, scale):
 
 def _attend_bwd(scale, residuals, cotangents):
     q, k, v = residuals[:3]
-    width, value_width = (gpu.padded_width("block_scores", x.shape[3]) for x in (q, v))
-    rows = q.shape[1] * (q.shape[2] // k.shape[2])
-    tiles = attention_tiles_for(width, value_width, rows)
-    return ranged._attend_backward(scale, tiles, residuals, cotangents)
+    tiles = ranged.choose_tiles(q, k, v, None, "backward")
+    return ranged.gradients(scale, tiles, residuals, cotangents)
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)

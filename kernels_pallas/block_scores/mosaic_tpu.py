@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas import tpu
-from kernels_pallas.block_scores.mosaic_tpu_lse import lse_on_tpu
-from kernels_pallas.block_scores.mosaic_tpu_select import plan_selection, select_on_tpu
+from kernels_pallas import tpu, tuned
+from kernels_pallas.block_scores.mosaic_tpu_lse import lse_on_tpu, plan_lse
+from kernels_pallas.block_scores.mosaic_tpu_select import Plan, plan_selection, select_on_tpu
 from kernels_pallas.block_scores.mosaic_tpu_tiles import Tiles, tiles_for
 from kernels_pallas.block_scores.pooling import BlockScores, Pooling
 from kernels_pallas.block_scores.ranking import Ranking
@@ -52,14 +52,7 @@ def block_scores(
     """
     tpu.check_arrays("block_scores", q=q, k=k, v=v)
     _refuse_few(q, tiles)
-    plan = plan_selection(
-        q,
-        k,
-        ranking=Ranking(pooling, selected, initial, recent),
-        lists=k.shape[2],
-        scale=scale,
-        tiles=tiles or tiles_for(tpu.chip_kind(), q.shape[2] // k.shape[2], pooling),
-    )
+    plan = _plan(q, k, Ranking(pooling, selected, initial, recent), k.shape[2], scale, tiles)
     out, lse = _attend(q, k, v, start, stop, scale)
     fixed = jax.lax.stop_gradient((q, k, lse))
     indices = select_on_tpu(plan, *fixed[:2], (start, stop, first_block, last_block), fixed[2])
@@ -94,15 +87,8 @@ def select_blocks(
     _refuse_few(q, tiles)
     heads, kv_heads = q.shape[2], k.shape[2]
     lists = kv_heads if share else heads
-    tiles = tiles or tiles_for(tpu.chip_kind(), heads // lists, pooling)
-    plan = plan_selection(
-        q,
-        k,
-        ranking=Ranking(pooling, selected, initial, recent, log=True, floor=floor),
-        lists=lists,
-        scale=scale,
-        tiles=tiles,
-    )
+    ranking = Ranking(pooling, selected, initial, recent, log=True, floor=floor)
+    plan = _plan(q, k, ranking, lists, scale, tiles)
     shift = None
     # One head's order does not depend on its normaliser, a sum over heads and a threshold do.
     if (share and heads > kv_heads) or floor is not None:
@@ -126,7 +112,58 @@ def entry_lse(
     """
     tpu.check_arrays("entry_lse", q=q, k=k)
     _refuse_few(q, tiles)
-    tiles = tiles or tiles_for(tpu.chip_kind(), q.shape[2] // k.shape[2])
+    return _lse(q, k, start, stop, scale, tiles)
+
+
+def _plan(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B C K H"],
+    ranking: Ranking,
+    lists: int,
+    scale: float,
+    tiles: Tiles | None,
+) -> Plan:
+    """The plan of a choice, with ``tiles``, measured ones or sizes by rule."""
+    plan_with = partial(plan_selection, q, k, ranking=ranking, lists=lists, scale=scale)
+    members, pooling = q.shape[2] // lists, ranking.pooling
+    chip = tpu.chip_kind()
+    return plan_with(
+        tiles=tiles
+        or tuned.choose(
+            "select_blocks",
+            chip,
+            tiles_for(chip, members, pooling),
+            lambda tiles: plan_with(tiles=tiles),
+            length=q.shape[1],
+            group=members,
+            width=tpu.round_up(q.shape[3], tpu.LANES),
+            stride=pooling.stride,
+            weights=len(pooling.weights),
+            selected=ranking.selected,
+            dtype=str(q.dtype),
+        )
+    )
+
+
+def _lse(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B C K H"],
+    start: Int[Array, "B T"],
+    stop: Int[Array, "B T"],
+    scale: float,
+    tiles: Tiles | None,
+) -> Float[Array, "B T N"]:
+    group, chip = q.shape[2] // k.shape[2], tpu.chip_kind()
+    tiles = tiles or tuned.choose(
+        "entry_lse",
+        chip,
+        tiles_for(chip, group),
+        lambda tiles: plan_lse(q, k, scale, tiles),
+        length=q.shape[1],
+        group=group,
+        width=tpu.round_up(q.shape[3], tpu.LANES),
+        dtype=str(q.dtype),
+    )
     return lse_on_tpu(q, k, start, stop, scale=scale, tiles=tiles)
 
 
@@ -137,16 +174,16 @@ def _normalizer(
     stop: Int[Array, "B T"],
     lse: Float[Array, "B T N"] | None,
     scale: float,
-    tiles: Tiles,
+    tiles: Tiles | None,
 ) -> Float[Array, "B T N"]:
     """``lse``, where it is missing or -inf the rows' own; 0 for rows that see nothing."""
     if lse is None:
-        shift = lse_on_tpu(q, k, start, stop, scale=scale, tiles=tiles)
+        shift = _lse(q, k, start, stop, scale, tiles)
     else:
         missing = jnp.isneginf(lse)
         # Tiles in which no row lacks one visit no entry.
         stop = jnp.where(jnp.any(missing, axis=2), stop, start)
-        own = lse_on_tpu(q, k, start, stop, scale=scale, tiles=tiles)
+        own = _lse(q, k, start, stop, scale, tiles)
         shift = jnp.where(missing, own, lse.astype(jnp.float32))
     return jnp.where(jnp.isneginf(shift), 0.0, shift)
 
@@ -172,7 +209,7 @@ def _attend_fwd(q, k, v, start, stop, scale):
 
 def _attend_bwd(scale, residuals, cotangents):
     q, k, v = residuals[:3]
-    plan = plan_for(q, k, v, scale, None)
+    plan = plan_for(q, k, v, scale, None, "backward")
     return (*gradients(plan, *residuals, *cotangents), None, None)
 
 

@@ -50,6 +50,27 @@ class Plan:
         return 2 * queries + 2 * keys + 4 * tokens * words
 
 
+def plan_lse(
+    q: Float[Array, "B T N H"], k: Float[Array, "B C K H"], scale: float, tiles: Tiles
+) -> Plan:
+    """The plan of a call.
+
+    Raises:
+      NotImplementedError: if the tile does not fit vector memory.
+    """
+    batch, queries, heads, head_width = q.shape
+    entries, kv_heads = k.shape[1:3]
+    layout = tpu.RowLayout(batch, queries, kv_heads, heads // kv_heads, tiles.tokens)
+    step = min(tiles.entries, tpu.round_up(entries, tpu.TOKEN_STEP))
+    plan = Plan(scale, layout, step, kv_heads, tpu.round_up(head_width, tpu.LANES))
+    tpu.check_vmem(
+        "entry_lse",
+        plan.vmem_bytes(q.dtype.itemsize),
+        f"{layout.group} heads of {head_width} a kv head, {tiles}",
+    )
+    return plan
+
+
 def lse_on_tpu(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B C K H"],
@@ -64,17 +85,10 @@ def lse_on_tpu(
     Raises:
       NotImplementedError: if the tile does not fit vector memory.
     """
-    batch, queries, heads, head_width = q.shape
+    plan = plan_lse(q, k, scale, tiles)
+    batch, _, heads, _ = q.shape
     entries, kv_heads = k.shape[1:3]
-    layout = tpu.RowLayout(batch, queries, kv_heads, heads // kv_heads, tiles.tokens)
-    width = tpu.round_up(head_width, tpu.LANES)
-    step = min(tiles.entries, tpu.round_up(entries, tpu.TOKEN_STEP))
-    plan = Plan(scale, layout, step, kv_heads, width)
-    tpu.check_vmem(
-        "entry_lse",
-        plan.vmem_bytes(q.dtype.itemsize),
-        f"{layout.group} heads of {head_width} a kv head, {tiles}",
-    )
+    layout, width, step = plan.layout, plan.width, plan.step
     numbers = row_tiles(layout, (start, 0), (stop, 0))
     low, high = seen_entries(numbers, entries)
     shape = (batch * kv_heads, layout.tiles, layout.group, layout.tokens)

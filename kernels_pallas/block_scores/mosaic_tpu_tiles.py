@@ -59,7 +59,7 @@ def tiles_for(chip: str, members: int, pooling: Pooling | None = None) -> Tiles:
     One tensor-unit pass wants 128 tokens; a list of one head takes 256, for twice the work on keys
     that were copied. Steps of about 256 entries keep both busy; a wide stride takes fewer blocks a
     step, so that its scores stay near 256 KiB. Every chip takes the same: reasoned, not measured,
-    no TPU was at hand. Tuned tables would be read here.
+    no TPU was at hand.
     """
     del chip
     blocks = 64

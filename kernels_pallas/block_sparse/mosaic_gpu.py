@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas import gpu, gpu_key_major, gpu_query_major
+from kernels_pallas import gpu, gpu_key_major, gpu_query_major, tuned
 from kernels_pallas.block_sparse.lists import (
     InverseLists,
     TileLists,
@@ -55,19 +55,16 @@ def block_sparse_attention(
     """
     gpu.check_device()
     gpu.check_dtypes(_OP, q=q, k=k, v=v)
-    width, value_width = gpu.padded_width(_OP, q.shape[3]), gpu.padded_width(_OP, v.shape[3])
     if block_size % gpu.ROWS:
         raise NotImplementedError(
             f"{_OP}: {block_size=} is not a multiple of {gpu.ROWS}; use implementation='xla'"
         )
     if q.shape[1] == 0:
         raise NotImplementedError(f"{_OP}: q {q.shape} has no queries; use implementation='xla'")
-    if tiles is None:
-        rows = q.shape[1] * (q.shape[2] // max(k.shape[2], indices.shape[2]))
-        tiles = tiles_for(width, value_width, rows, longest=128 if block_size % 128 == 0 else 64)
-    if block_size % tiles.keys:
-        raise ValueError(f"{_OP}: {block_size=} is not a multiple of the {tiles.keys} keys a visit")
-    tiles.check(width, value_width)
+    passes = tuple(
+        _choose_tiles(q, k, v, indices.shape[2], block_size, tiles, direction)
+        for direction in tuned.DIRECTIONS
+    )
     if scale < 0:
         q, scale = -q, -scale
     elif scale == 0:
@@ -81,7 +78,46 @@ def block_sparse_attention(
     # Blocks that start after the query's last key are visited by nobody.
     in_reach = indices <= (last // block_size)[:, :, None, None]
     indices = jnp.where(in_reach & (last >= 0)[:, :, None, None], indices, -1)
-    return AttentionOutput(*_attend(block_size, scale, tiles, q, k, v, indices, last))
+    return AttentionOutput(*_attend(block_size, scale, passes, q, k, v, indices, last))
+
+
+def _choose_tiles(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    lists: int,
+    block_size: int,
+    tiles: Tiles | None,
+    direction: tuned.Direction,
+) -> Tiles:
+    """``tiles``, measured ones or sizes by rule for a pass; raises what does not fit."""
+    width, value_width = gpu.padded_width(_OP, q.shape[3]), gpu.padded_width(_OP, v.shape[3])
+    group = q.shape[2] // max(k.shape[2], lists)
+    longest = 128 if block_size % 128 == 0 else 64
+
+    def check(tiles: Tiles) -> None:
+        tiles.check(width, value_width)
+        if block_size % tiles.keys:
+            raise ValueError(
+                f"{_OP}: {block_size=} is not a multiple of the {tiles.keys} keys a visit"
+            )
+
+    if tiles is None:
+        tiles = tuned.choose(
+            _OP,
+            gpu.chip_kind(),
+            tiles_for(width, value_width, q.shape[1] * group, longest=longest),
+            check,
+            direction=direction,
+            length=q.shape[1],
+            group=group,
+            block_size=block_size,
+            width=width,
+            value_width=value_width,
+            dtype=str(q.dtype),
+        )
+    check(tiles)
+    return tiles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,16 +243,16 @@ def _bit(words: Any, slot: jax.Array, count: int, token: jax.Array) -> jax.Array
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _attend(block_size, scale, tiles, q, k, v, indices, last):
-    return _attend_forward(block_size, scale, tiles, q, k, v, indices, last)[0]
+def _attend(block_size, scale, passes, q, k, v, indices, last):
+    return _attend_forward(block_size, scale, passes, q, k, v, indices, last)[0]
 
 
-def _attend_forward(block_size, scale, tiles, q, k, v, indices, last):
+def _attend_forward(block_size, scale, passes, q, k, v, indices, last):
+    tiles, _ = passes
     layout = Layout.of(q, k.shape[2], indices.shape[2], tiles.warpgroups)
-    keys, values = _keys(k, v, last, block_size)
-    # Groups too large for a tile were split: their parts share a list.
-    spread = jnp.repeat(indices, layout.lists // indices.shape[2], axis=2)
-    lists = build_tile_lists(spread, tile=layout.tile, blocks=keys.shape[1] // block_size)
+    reach = _reach(k, indices, last, block_size)
+    keys, values = _keys(k, v, reach, block_size)
+    lists = _tile_lists(indices, layout, keys.shape[1] // block_size)
     out, lse = gpu_query_major.forward(
         layout.to_tiles(pad_width(q)),
         keys,
@@ -230,14 +266,17 @@ def _attend_forward(block_size, scale, tiles, q, k, v, indices, last):
     )
     out = layout.from_tiles(out)[..., : v.shape[3]]
     lse = layout.from_tiles(lse[..., None])[..., 0]
-    return (out, lse), (q, k, v, indices, lists, last, out, lse)
+    return (out, lse), (q, k, v, indices, lists, last, reach, out, lse)
 
 
-def _attend_backward(block_size, scale, tiles, residuals, cotangents):
-    q, k, v, indices, lists, last, out, lse = residuals
+def _attend_backward(block_size, scale, passes, residuals, cotangents):
+    q, k, v, indices, lists, last, reach, out, lse = residuals
     d_out, d_lse = cotangents
+    forward_tiles, tiles = passes
     layout = Layout.of(q, k.shape[2], indices.shape[2], tiles.warpgroups)
-    keys, values = _keys(k, v, last, block_size)
+    keys, values = _keys(k, v, reach, block_size)
+    if tiles.warpgroups != forward_tiles.warpgroups:
+        lists = _tile_lists(indices, layout, keys.shape[1] // block_size)
     of_rows = GradientOperands.of(layout, q, d_out, out, lse, d_lse)
     arguments = (of_rows.q, keys, values, of_rows.d_out, of_rows.lse, of_rows.delta)
     rows = {"stop": layout.rows_of(last + 1)}
@@ -265,9 +304,35 @@ def _attend_backward(block_size, scale, tiles, residuals, cotangents):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _keys(k, v, last, block_size):
-    """Keys and values in whole blocks and padded widths, 0 beyond what the sequence may see."""
+def _tile_lists(indices, layout, blocks):
+    # Groups too large for a tile were split: their parts share a list.
+    spread = jnp.repeat(indices, layout.lists // indices.shape[2], axis=2)
+    return build_tile_lists(spread, tile=layout.tile, blocks=blocks)
+
+
+def _reach(
+    k: Float[Array, "B S K H"],
+    indices: Int[Array, "B T J P"],
+    last: Int[Array, "B T"],
+    block_size: int,
+) -> Int[Array, "B blocks K"]:
+    """The last key that any query sees of those that list the block, -1 if none does."""
+    batch, _, lists, _ = indices.shape
+    blocks, kv_heads = -(-k.shape[1] // block_size), k.shape[2]
+    sequence = jnp.arange(batch, dtype=jnp.int32)[:, None, None, None]
+    head = (jnp.arange(lists, dtype=jnp.int32) * kv_heads // lists)[None, None, :, None]
+    block = jnp.where(indices < 0, blocks, indices)  # Unused slots are dropped.
+    nothing = jnp.full((batch, blocks, kv_heads), -1, jnp.int32)
+    # A maximum does not depend on the order in which it is taken.
+    return nothing.at[sequence, block, head].max(last[:, :, None, None], mode="drop")
+
+
+def _keys(k, v, reach, block_size):
+    """Keys and values in whole blocks and padded widths, 0 where no query sees them: what is not
+    seen may be NaN, and a weight of 0 does not silence that in a product.
+    """
     length = k.shape[1]
-    seen = jnp.arange(length, dtype=jnp.int32)[None, :] <= jnp.max(last, axis=1, keepdims=True)
-    whole = -(-length // block_size) * block_size
-    return (pad_to(pad_width(jnp.where(seen[:, :, None, None], x, 0)), 1, whole) for x in (k, v))
+    seen = jnp.repeat(reach, block_size, axis=1)[:, :length]
+    seen = jnp.arange(length, dtype=jnp.int32)[None, :, None] <= seen
+    whole = reach.shape[1] * block_size
+    return (pad_to(pad_width(jnp.where(seen[..., None], x, 0)), 1, whole) for x in (k, v))

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas import tpu
+from kernels_pallas import tpu, tuned
 from kernels_pallas.block_sparse import cost, mosaic_tpu_backward
 from kernels_pallas.block_sparse.mosaic_tpu_plan import (
     Plan,
@@ -56,29 +56,32 @@ def block_sparse_attention(
         are no multiple of 16, and heads too many or too wide for vector memory.
     """
     tpu.check_arrays("block_sparse_attention", q=q, k=k, v=v)
-    plan = plan_for(q, k, v, indices, block_size, scale, tiles)
-    last = jnp.full(q.shape[:2], plan.keys - 1, jnp.int32)
+    plans = tuple(
+        plan_for(q, k, v, indices, block_size, scale, tiles, direction)
+        for direction in tuned.DIRECTIONS
+    )
+    last = jnp.full(q.shape[:2], k.shape[1] - 1, jnp.int32)
     if causal:
         last = jnp.minimum(positions.astype(jnp.int32), last)
     indices = indices.astype(jnp.int32)
     # Blocks that start after the query's last key are visited by nobody.
     in_reach = (indices <= (last // block_size)[:, :, None, None]) & (last >= 0)[:, :, None, None]
     indices = jnp.where(in_reach, indices, -1)
-    return AttentionOutput(*_attend(plan, q, k, v, indices, last))
+    return AttentionOutput(*_attend(plans, q, k, v, indices, last))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(plan, q, k, v, indices, last):
-    return _forward(plan, q, k, v, indices, last)
+def _attend(plans, q, k, v, indices, last):
+    return _forward(plans[0], q, k, v, indices, last)
 
 
-def _attend_fwd(plan, q, k, v, indices, last):
-    out, lse = _forward(plan, q, k, v, indices, last)
+def _attend_fwd(plans, q, k, v, indices, last):
+    out, lse = _forward(plans[0], q, k, v, indices, last)
     return (out, lse), (q, k, v, indices, last, out, lse)
 
 
-def _attend_bwd(plan, residuals, cotangents):
-    gradients = mosaic_tpu_backward.gradients(plan, *residuals, *cotangents)
+def _attend_bwd(plans, residuals, cotangents):
+    gradients = mosaic_tpu_backward.gradients(plans[1], *residuals, *cotangents)
     return (*gradients, None, None)
 
 

@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Int
 
-from kernels_pallas import tpu
+from kernels_pallas import tpu, tuned
 from kernels_pallas.block_sparse.lists import TileLists, build_inverse_lists, build_tile_lists
 
 SELECTED = 2**23
@@ -121,7 +121,7 @@ def tiles_for(
     About 128 rows a tile fill the lanes; more tokens would only widen unions. 256 keys, or for dk
     and dv 512 rows, a step; half of that if it does not fit into vector memory. The generations
     differ too little in lanes and registers to differ here. Reasoned, not measured: no TPU was at
-    hand. Tuned tables would be read here.
+    hand.
     """
     del chip
     query_tokens = max(tpu.TOKEN_STEP, 128 // group // tpu.TOKEN_STEP * tpu.TOKEN_STEP)
@@ -158,9 +158,16 @@ def vmem_bytes(
 
 
 def plan_for(
-    q: Array, k: Array, v: Array, indices: Array, block_size: int, scale: float, tiles: Tiles | None
+    q: Array,
+    k: Array,
+    v: Array,
+    indices: Array,
+    block_size: int,
+    scale: float,
+    tiles: Tiles | None,
+    direction: tuned.Direction = "forward",
 ) -> Plan:
-    """The plan of a call, with ``tiles`` or sizes by rule; raises what does not fit."""
+    """The plan of a pass: ``tiles``, measured ones or sizes by rule. Raises what does not fit."""
     batch, queries, heads, width = q.shape
     keys, kv_heads, value_width = v.shape[1:]
     list_heads, slots = indices.shape[2:]
@@ -173,13 +180,30 @@ def plan_for(
     group = heads // lists
     widths = tpu.round_up(width, tpu.LANES), tpu.round_up(value_width, tpu.LANES)
     sizes = (block_size, *widths, q.dtype.itemsize)
+    chip = tpu.chip_kind()
+
+    def check(tiles: Tiles) -> None:
+        tpu.check_vmem(
+            "block_sparse_attention",
+            vmem_bytes(tiles, group, *sizes),
+            f"{group} heads of {width} and {value_width} a list, {block_size=}, {tiles}",
+        )
+
     if tiles is None:
-        tiles = tiles_for(tpu.chip_kind(), queries, group, *sizes)
-    tpu.check_vmem(
-        "block_sparse_attention",
-        vmem_bytes(tiles, group, *sizes),
-        f"{group} heads of {width} and {value_width} a list, {block_size=}, {tiles}",
-    )
+        tiles = tuned.choose(
+            "block_sparse_attention",
+            chip,
+            tiles_for(chip, queries, group, *sizes),
+            check,
+            direction=direction,
+            length=queries,
+            group=group,
+            block_size=block_size,
+            width=widths[0],
+            value_width=widths[1],
+            dtype=str(q.dtype),
+        )
+    check(tiles)
     whole = -(-queries // tiles.tokens)
     chunks = min(whole, -(-batch * list_heads * queries * slots // tiles.selected))
     layout = tpu.RowLayout(batch, -(-whole // chunks) * tiles.tokens, lists, group, tiles.tokens)

@@ -24,7 +24,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.gpu import COLUMN, LOG2E, MATRIX, NOTHING, SHARED_BYTES, integer
+from kernels_pallas import tuned
+from kernels_pallas.gpu import (
+    COLUMN,
+    LOG2E,
+    MATRIX,
+    NOTHING,
+    SHARED_BYTES,
+    chip_kind,
+    integer,
+)
 from kernels_pallas.interpreting import interpreter
 
 __all__ = [
@@ -33,6 +42,7 @@ __all__ = [
     "State",
     "Tiles",
     "attend",
+    "choose_tiles",
     "compute",
     "item",
     "merge_splits",
@@ -44,7 +54,6 @@ __all__ = [
     "stream",
     "swizzle_for",
     "swizzled",
-    "tiles_for",
 ]
 
 ROWS = 64
@@ -121,7 +130,7 @@ def tiles_for(op: str, sizes: Sizes, slot_bytes: int, extra_bytes: int = 0) -> T
     """Two programs a multiprocessor with up to 4 slots each; one program if that leaves one slot.
 
     Lists are split into as many programs as run at a time, no more: a few programs in a second
-    wave would cost as much as a whole one. The place to read tuned tables, once there are any.
+    wave would cost as much as a whole one.
 
     Raises:
       NotImplementedError: if two slots do not fit into shared memory.
@@ -134,6 +143,29 @@ def tiles_for(op: str, sizes: Sizes, slot_bytes: int, extra_bytes: int = 0) -> T
     raise NotImplementedError(
         f"{op}: H={sizes.width}, Hv={sizes.value_width} and {sizes.columns} heads a list leave no "
         f"room for two steps in {SHARED_BYTES} bytes of shared memory; use implementation='xla'"
+    )
+
+
+def choose_tiles(
+    op: str, sizes: Sizes, slot_bytes: int, extra_bytes: int = 0, *, length: int
+) -> Tiles:
+    """Measured tiles or those of :func:`tiles_for`; ``length`` is that of the lists, in keys."""
+
+    def check(tiles: Tiles) -> None:
+        needed = sizes.fixed_bytes() + extra_bytes + tiles.slots * slot_bytes
+        if min(tiles.slots, tiles.programs) < 1 or needed > SHARED_BYTES:
+            raise ValueError(f"{tiles} need {needed} bytes of shared memory of {SHARED_BYTES}")
+
+    return tuned.choose(
+        op,
+        chip_kind(),
+        tiles_for(op, sizes, slot_bytes, extra_bytes),
+        check,
+        length=length,
+        group=sizes.group,
+        width=sizes.width,
+        value_width=sizes.value_width,
+        dtype=str(jnp.dtype(sizes.dtype)),
     )
 
 

@@ -21,6 +21,7 @@ from kernels_pallas.gather_decode.mosaic_gpu_attend import (
     Sizes,
     Tiles,
     attend,
+    choose_tiles,
     compute,
     item,
     merge_splits,
@@ -31,7 +32,6 @@ from kernels_pallas.gather_decode.mosaic_gpu_attend import (
     split_steps,
     stream,
     swizzled,
-    tiles_for,
 )
 from kernels_pallas.gpu import MATRIX, integer
 
@@ -82,7 +82,7 @@ def attend_units(
       lists: lists of a query.
       scale: factor on the logits.
       blocked: which of the two cache layouts.
-      tiles: default :func:`tiles_for`.
+      tiles: default :func:`choose_tiles`.
 
     Raises:
       NotImplementedError: for sizes the kernel cannot take.
@@ -99,7 +99,7 @@ def attend_units(
         lanes=units.rows if blocked else 0,
     )
     slot_bytes = 2 * ROWS * (width + sizes.value_rows)
-    tiles = tiles or tiles_for(op, sizes, slot_bytes)
+    tiles = tiles or choose_tiles(op, sizes, slot_bytes, length=table.shape[1] * units.rows)
     table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % units.a_step), (0, 0)))
     longest = table.shape[1] // units.a_step
     live = jnp.any((table[:, :, 3] > 0).reshape(sizes.items, longest, -1), axis=2)

@@ -21,6 +21,7 @@ from kernels_pallas.gather_decode.mosaic_gpu_attend import (
     Sizes,
     Tiles,
     attend,
+    choose_tiles,
     compute,
     item,
     merge_splits,
@@ -31,7 +32,6 @@ from kernels_pallas.gather_decode.mosaic_gpu_attend import (
     split_steps,
     stream,
     swizzled,
-    tiles_for,
 )
 from kernels_pallas.gpu import MATRIX, integer
 
@@ -57,7 +57,7 @@ def attend_tokens(
       rows: listed rows, -1 for tokens that nobody sees; those at the end cost nothing.
       lists: lists of a query.
       scale: factor on the logits.
-      tiles: default :func:`tiles_for`.
+      tiles: default :func:`choose_tiles`.
 
     Raises:
       NotImplementedError: for sizes the kernel cannot take.
@@ -81,7 +81,8 @@ def attend_tokens(
             "implementation='xla'"
         )
     extra = 2 * ROWS * (width + sizes.value_rows)
-    tiles = tiles or tiles_for(op, sizes, 2 * ROWS * across + 4 * ROWS, extra)
+    slot_bytes = 2 * ROWS * across + 4 * ROWS
+    tiles = tiles or choose_tiles(op, sizes, slot_bytes, extra, length=rows.shape[1])
     rows = jnp.pad(rows, ((0, 0), (0, -rows.shape[1] % ROWS)), constant_values=-1)
     longest = rows.shape[1] // ROWS
     number = jnp.arange(1, rows.shape[1] + 1, dtype=jnp.int32)[None, :]

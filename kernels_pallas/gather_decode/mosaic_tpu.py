@@ -22,10 +22,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from kernels_pallas import tuned
 from kernels_pallas.common import AttentionOutput, merge
 from kernels_pallas.gather_decode import blocked, tokens, xla
 from kernels_pallas.gather_decode.mosaic_tpu_pipeline import META, Plan, attend_items
-from kernels_pallas.tpu import LANES, check_arrays, chip_kind, round_up
+from kernels_pallas.tpu import LANES, check_arrays, check_vmem, chip_kind, round_up
 
 __all__ = ["Tiles", "gather_blocks", "gather_decode", "gather_tokens", "tiles_for"]
 
@@ -54,7 +55,7 @@ class Tiles:
 
 
 def tiles_for(chip: str, width: int, value_width: int, dtype: Any) -> Tiles:
-    """Heuristic sizes, the one place that would read a tuned table.
+    """Sizes by rule.
 
     Copies in flight must cover the latency of HBM (about a microsecond, most of a megabyte on the
     fastest chips); a step of 256 keys of 128 + 128 numbers is 256 KiB. Wide rows take fewer, so
@@ -64,6 +65,31 @@ def tiles_for(chip: str, width: int, value_width: int, dtype: Any) -> Tiles:
     keys = 512 if wide <= 256 and jnp.dtype(dtype).itemsize == 2 else 256 if wide <= 768 else 128
     two_cores = chip in ("TPU v4", "TPU v5", "TPU v5p")
     return Tiles(keys=keys, cores=2 if two_cores else 1)
+
+
+def _choose_tiles(
+    op: str, q: Array, indices: Array, kv_heads: int, value_width: int, block_size: int
+) -> Tiles:
+    """Measured tiles or those of :func:`tiles_for`."""
+    chip, width = chip_kind(), q.shape[3]
+    group = q.shape[2] // max(kv_heads, indices.shape[2])
+
+    def check(tiles: Tiles) -> None:
+        lanes = round_up(width, LANES) + round_up(value_width, LANES)
+        check_vmem(op, 24 * tiles.keys * lanes, f"{tiles.keys} keys a step of {lanes} numbers")
+
+    return tuned.choose(
+        op,
+        chip,
+        tiles_for(chip, width, value_width, q.dtype),
+        check,
+        length=indices.shape[3] * block_size,
+        group=group,
+        block_size=block_size,
+        width=width,
+        value_width=value_width,
+        dtype=str(q.dtype),
+    )
 
 
 def gather_decode(
@@ -86,7 +112,7 @@ def gather_decode(
     """
     check_arrays("gather_decode", q=q, k=k, v=v)
     _check_pairs("gather_decode", k)
-    tiles = tiles or tiles_for(chip_kind(), q.shape[3], v.shape[3], q.dtype)
+    tiles = tiles or _choose_tiles("gather_decode", q, indices, k.shape[2], v.shape[3], block_size)
 
     def forward(q, k, v, indices, positions):
         keys = k.shape[1]
@@ -119,7 +145,8 @@ def gather_blocks(
         into vector memory.
     """
     check_arrays("gather_blocks", q=q, k=k, v=v)
-    tiles = tiles or tiles_for(chip_kind(), q.shape[3], v.shape[4], q.dtype)
+    kv_heads, value_width, block_size = k.shape[1], v.shape[4], v.shape[3]
+    tiles = tiles or _choose_tiles("gather_blocks", q, indices, kv_heads, value_width, block_size)
 
     def forward(q, k, v, indices, positions):
         blocks, length = k.shape[2], k.shape[4]
@@ -168,7 +195,7 @@ def gather_tokens(
     check_arrays("gather_tokens", q=q, kv=kv)
     _check_pairs("gather_tokens", kv)
     width, both = q.shape[3], kv.shape[3]
-    tiles = tiles or tiles_for(chip_kind(), width, both - width, q.dtype)
+    tiles = tiles or _choose_tiles("gather_tokens", q, indices, kv.shape[2], both - width, 1)
 
     def forward(q, kv, indices, positions):
         keys = kv.shape[1]

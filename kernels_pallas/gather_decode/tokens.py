@@ -1,7 +1,6 @@
 """Gathered decoding of single tokens from a cache that keeps each key beside its value.
 
-A listed token is one run of H + Hv numbers, fetched once. Queries padded with zeros meet whole
-runs, and of the weighted sum of runs the last Hv numbers are the output: nothing is taken apart.
+A listed token is one run of H + Hv numbers in memory, of which a key and a value are copied.
 """
 
 from __future__ import annotations
@@ -10,10 +9,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.common import AttentionOutput, accumulation_dtype
+from kernels_pallas.common import AttentionOutput, accumulation_dtype, merge
 from kernels_pallas.gather_decode import reference
+from kernels_pallas.gather_decode.xla import WIDE
 
 __all__ = ["gather_tokens_reference", "gather_tokens_xla"]
+
+KEYS_PER_PART = 560
+"""Keys that a CPU gathers at a time: few enough that copies of them stay in its second cache."""
 
 
 def gather_tokens_reference(
@@ -48,46 +51,66 @@ def gather_tokens_xla(
 ) -> AttentionOutput:
     """Arguments and results as in the api. Memory O(B T J P), whatever S is.
 
-    On a CPU the lists are attended one after the other, so that what one of them gathers stays in
+    On a CPU lists are attended in parts, one after the other, so that what a part gathers stays in
     cache; elsewhere all at once.
     """
     batch, queries, query_heads, width = q.shape
     keys, kv_heads, both = kv.shape[1:]
     dtype = accumulation_dtype(q.dtype)
+    one_by_one = jax.default_backend() == "cpu"
     lists, slots = max(indices.shape[2], kv_heads), indices.shape[3]
-    group = query_heads // lists
     indices = jnp.broadcast_to(indices.astype(jnp.int32), (batch, queries, lists, slots))
+    indices = jnp.where(indices <= positions[:, :, None, None], indices, -1)
+    parts = -(-slots // KEYS_PER_PART) if one_by_one else 1
+    fill = ((0, 0), (0, 0), (0, 0), (0, -slots % parts))
+    indices = jnp.pad(indices, fill, constant_values=-1).reshape(-1, (slots + fill[3][1]) // parts)
+    # What is fetched beyond a key or a value meets zeros, or is dropped.
+    least = min(WIDE, both) if one_by_one else 0
+    key_width, value_width = max(width, least), max(both - width, least)
+    # Fused into the padding, what made the queries (a rotation, say) would run number by number.
+    q = jax.lax.optimization_barrier(q)
+    padded = jnp.pad(q.astype(dtype) * scale, ((0, 0), (0, 0), (0, 0), (0, key_width - width)))
+    padded = padded.reshape(-1, query_heads // lists, key_width)
     rows = kv.reshape(-1, both)
-    padded = jnp.pad(q.astype(dtype) * scale, ((0, 0), (0, 0), (0, 0), (0, both - width)))
 
     def attend(item):
-        number, heads, listed, position = item
-        sequence, head = number // (queries * lists), number % lists // (lists // kv_heads)
+        number, listed = item
+        row = number // parts
+        sequence, head = row // (queries * lists), row % lists // (lists // kv_heads)
         source = (sequence * keys + jnp.clip(listed, 0, keys - 1)) * kv_heads + head
-        fetched = rows.at[source].get(mode="promise_in_bounds")
+        fetched = (
+            _columns(rows, source, 0, key_width),
+            _columns(rows, source, both - value_width, value_width),
+        )
         # Fused into what follows, the copies would become element-wise loops.
-        fetched = jax.lax.optimization_barrier(fetched).astype(dtype)
-        visible = ((listed >= 0) & (listed <= position))[None, :]
-        # With the long operand first the product reads it in its own order.
-        logits = jnp.where(visible, jnp.einsum("SH,GH->SG", fetched, heads).T, -jnp.inf)
+        key, value = (x.astype(dtype) for x in jax.lax.optimization_barrier(fetched))
+        # With the long operand first the product reads it in its own order; the barrier keeps that.
+        logits = jax.lax.optimization_barrier(jnp.matmul(key, padded[row].T)).T
+        logits = jnp.where((listed >= 0)[None, :], logits, -jnp.inf)
         top = jax.lax.stop_gradient(jnp.max(logits, axis=1, keepdims=True))
         top = jnp.where(jnp.isneginf(top), 0.0, top)
         weights = jnp.exp(logits - top)
         total = jnp.sum(weights, axis=1, keepdims=True)
         seen = total > 0
         safe = jnp.where(seen, total, 1.0)
-        out = jnp.einsum("GS,SH->GH", weights, fetched)[:, width:] / safe
+        out = jnp.matmul(weights, value)[:, value_width - (both - width) :] / safe
         lse = jnp.where(seen, top + jnp.log(safe), -jnp.inf)
-        return out.astype(q.dtype), lse[:, 0]
+        return out, lse[:, 0]
 
-    items = batch * queries * lists
-    arguments = (
-        jnp.arange(items, dtype=jnp.int32),
-        padded.reshape(items, group, both),
-        indices.reshape(items, slots),
-        jnp.repeat(positions.astype(jnp.int32).reshape(-1), lists),
-    )
-    one_by_one = jax.default_backend() == "cpu"
+    arguments = (jnp.arange(len(indices), dtype=jnp.int32), indices)
     out, lse = jax.lax.map(attend, arguments) if one_by_one else jax.vmap(attend)(arguments)
-    out = out.reshape(batch, queries, query_heads, both - width)
+    by_part = (jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0) for x in (out, lse))
+    out, lse = merge(*map(AttentionOutput, *by_part))
+    out = out.reshape(batch, queries, query_heads, both - width).astype(q.dtype)
     return AttentionOutput(out, lse.reshape(batch, queries, query_heads))
+
+
+def _columns(
+    rows: Float[Array, "R HHv"], source: Int[Array, " P"], first: int, count: int
+) -> Float[Array, "P c"]:
+    """``rows[source, first : first + count]``, of which only these numbers are read."""
+
+    def one(row: Int[Array, ""]) -> Float[Array, " c"]:
+        return jax.lax.dynamic_slice(rows, (row, jnp.full_like(row, first)), (1, count))[0]
+
+    return jax.vmap(one)(source)

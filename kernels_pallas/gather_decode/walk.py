@@ -15,7 +15,7 @@ from kernels_pallas.common import AttentionOutput, accumulation_dtype
 
 __all__ = ["walk_blocks"]
 
-KEYS_PER_STEP = 256
+KEYS_PER_STEP = 512
 """Keys that go into one product: enough to hide its cost, few enough to stay in cache."""
 
 

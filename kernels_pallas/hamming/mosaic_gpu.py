@@ -138,7 +138,8 @@ def hamming_select(
         better = (far < level) | ((far == level) & (s >= cutoff))
         chosen = (s >= begin) & (s < end) & better & (taken > 0)
         forced = ((s >= low) & (s < begin)) | ((s >= end) & (s < high))
-        return xla._compact(chosen | forced, slots)
+        members = jax.lax.optimization_barrier(xla._words(chosen | forced))
+        return xla._compact(members, slots)
 
     call = _Call(q_codes, first, start, stop, last, budget)
     return _in_chunks(rows, call, plan)

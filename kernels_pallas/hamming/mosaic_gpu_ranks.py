@@ -24,6 +24,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Int, UInt32
 
+from kernels_pallas import tuned
+from kernels_pallas.gpu import chip_kind
 from kernels_pallas.hamming.codes import code_signs, pack_codes
 from kernels_pallas.interpreting import interpreter
 
@@ -32,6 +34,7 @@ __all__ = ["Plan", "Tiles", "distances", "plan_for", "recount", "scores", "table
 _MOST_LEVELS = 4096
 _MOST_CODES = 63
 _MOST_COUNTED = 255
+_MANY = 8  # query tokens from which on a call is not one of decoding
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,7 @@ def plan_for(
     bits: int,
     tiles: Tiles | None = None,
 ) -> Plan:
-    """The plan of a call; the place to read tuned tables, once there are any.
+    """The plan of a call, with ``tiles``, measured ones or sizes by rule.
 
     Raises:
       NotImplementedError: for groups or codes beyond what bytes and two histograms hold.
@@ -130,7 +133,23 @@ def plan_for(
             f"hamming: a group of {group} codes of {bits} bits exceeds {_MOST_CODES} codes or "
             f"{_MOST_LEVELS - 1} levels; use implementation='xla'"
         )
-    return Plan(queries, lists, group, words, k_codes.shape[3], bits, tiles or Tiles())
+    keys = k_codes.shape[3]
+    tiles = tiles or tuned.choose(
+        "hamming_select",
+        chip_kind(),
+        Tiles(),
+        _check,
+        length=keys,
+        group=group,
+        words=words,
+        queries=min(queries, _MANY),
+    )
+    return Plan(queries, lists, group, words, keys, bits, tiles)
+
+
+def _check(tiles: Tiles) -> None:
+    if min(tiles.lanes, tiles.unroll, tiles.steps, tiles.rank_elements) < 1:
+        raise ValueError(f"{tiles}: sizes must be positive")
 
 
 def tables_of(

@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Int, UInt32
 
+from kernels_pallas import tuned
 from kernels_pallas.hamming import mosaic_tpu_lists as lists_of
 from kernels_pallas.hamming.codes import Threshold
 from kernels_pallas.hamming.cost import selection_cost
@@ -60,7 +61,7 @@ class Tiles:
 
 
 def tiles_for(chip: str, words: int) -> Tiles:
-    """Heuristic sizes, the one place that would read a tuned table.
+    """Sizes by rule.
 
     Two buffers of eight rows of keys should cover a microsecond of HBM and stay below 4 MiB.
     """
@@ -77,8 +78,8 @@ def hamming_scores(
 ) -> Int[Array, "B T J S"]:
     """Arguments and results as in the api."""
     B, T, J, G, W = q_codes.shape
-    tiles = tiles or tiles_for(chip_kind(), W)
-    plan, keys = _plan(q_codes, k_codes, bits, tiles, own=False)
+    plan = _plan_for(q_codes, k_codes, bits, tiles, own=False)
+    keys = _whole(plan, k_codes)
     codes = _fields(plan, q_codes, ())
     rows = codes.shape[2]
     subs, written = _sub_rows(T)
@@ -142,9 +143,8 @@ def hamming_threshold(
     Raises:
       NotImplementedError: if the ranks of eight rows do not fit into vector memory.
     """
-    tiles = tiles or tiles_for(chip_kind(), q_codes.shape[4])
-    own = q_codes.shape[1] <= tiles.own_rows
-    plan, keys = _plan(q_codes, k_codes, bits, tiles, own=own)
+    plan = _plan_for(q_codes, k_codes, bits, tiles)
+    keys = _whole(plan, k_codes)
     stop = jnp.maximum(stop, start)
     fields = _fields(plan, q_codes, _ranges(start, start, stop, stop, budget))
     out = _call(plan, fields, keys, q_codes.shape)
@@ -169,18 +169,53 @@ def hamming_select(
     Raises:
       NotImplementedError: if the ranks of eight rows and their lists do not fit into vector memory.
     """
-    tiles = tiles or tiles_for(chip_kind(), q_codes.shape[4])
-    own = q_codes.shape[1] <= tiles.own_rows
-    plan, keys = _plan(q_codes, k_codes, bits, tiles, own=own, slots=slots)
+    plan = _plan_for(q_codes, k_codes, bits, tiles, slots=slots)
+    keys = _whole(plan, k_codes)
     fields = _fields(plan, q_codes, _ranges(first, start, stop, last, budget))
     out = _call(plan, fields, keys, q_codes.shape)
     return _apart(plan, out.reshape(*out.shape[:2], -1)[..., :slots], q_codes.shape)
 
 
+def _plan_for(
+    q_codes: Array,
+    k_codes: Array,
+    bits: int,
+    tiles: Tiles | None,
+    *,
+    own: bool | None = None,
+    slots: int = 0,
+) -> Plan:
+    """The plan of a call, with ``tiles``, measured ones or sizes by rule.
+
+    ``own`` says whether rows have keys of their own, None that the tiles do.
+    """
+    _, T, _, G, W = q_codes.shape
+
+    def plan_with(tiles: Tiles) -> Plan:
+        mine = tiles.own_rows >= T if own is None else own
+        plan = _plan(q_codes, k_codes, bits, tiles, own=mine, slots=slots)
+        if own is None:
+            _check_memory(plan)
+        return plan
+
+    return plan_with(
+        tiles
+        or tuned.choose(
+            "hamming_scores" if own is not None else "hamming_select",
+            chip_kind(),
+            tiles_for(chip_kind(), W),
+            plan_with,
+            length=k_codes.shape[3],
+            group=G,
+            words=W,
+            queries=min(T, ROWS),
+        )
+    )
+
+
 def _plan(
     q_codes: Array, k_codes: Array, bits: int, tiles: Tiles, *, own: bool, slots: int = 0
-) -> tuple[Plan, UInt32[Array, "B J W S2"]]:
-    """Sizes, and the key codes in whole copies."""
+) -> Plan:
     B, _, J, G, W = q_codes.shape
     keys = k_codes.shape[3]
     stretches = -(-keys // STRETCH)
@@ -188,22 +223,26 @@ def _plan(
     # The largest copy that needs no more padding than whole stretches do.
     copied = max(n for n in range(1, most + 1) if stretches % n == 0)
     copied = most if copied < min(most, stretches) // 2 else copied
-    padded = round_up(stretches, copied) * STRETCH
-    plan = Plan(
+    return Plan(
         own=own,
         group=G,
         words=W,
         highest=G * bits,
         keys=keys,
-        padded=padded,
+        padded=round_up(stretches, copied) * STRETCH,
         copied=copied * STRETCH,
         batch=B,
         lists=J,
         slots=round_up(slots, LANES),
     )
-    # Nothing is done to codes that fit: whatever touches them copies them.
-    added = ((0, 0), (0, 0), (0, 0), (0, padded - keys))
-    return plan, jnp.pad(k_codes, added) if padded > keys else k_codes
+
+
+def _whole(plan: Plan, k_codes: UInt32[Array, "B J W S"]) -> UInt32[Array, "B J W S2"]:
+    """Key codes in whole copies. Nothing is done to those that fit: whatever touches them copies
+    them.
+    """
+    added = ((0, 0), (0, 0), (0, 0), (0, plan.padded - plan.keys))
+    return jnp.pad(k_codes, added) if plan.padded > plan.keys else k_codes
 
 
 def _ranges(first, start, stop, last, budget) -> tuple[Array, ...]:
@@ -245,7 +284,6 @@ def _call(plan: Plan, fields: Int[Array, "groups F rows"], keys: Array, shape: A
     subs, written = _sub_rows(real)
     slots = plan.slots // LANES
     counters = lists_of.counter_rows(plan.slots) + 1
-    _check_memory(plan)
     scratch = [
         pltpu.VMEM((plan.chunks, ROWS, LANES), jnp.int32),
         pltpu.VMEM((plan.codes, ROWS, LANES), jnp.uint32),

@@ -59,7 +59,7 @@ def hamming_threshold_xla(
 
     def rows(call: _Call) -> Threshold:
         ranks = _ranks(distances(call.q_codes), call, highest)
-        worst, cutoff = _cut(ranks, _wanted(call), highest)
+        worst, _, cutoff = _cut(ranks, _wanted(call), highest)
         empty = worst == 0
         level = jnp.where(empty, highest, highest - 2 * (worst - 1))
         return Threshold(level, jnp.where(empty, keys, cutoff))
@@ -88,12 +88,10 @@ def hamming_select_xla(
     def rows(call: _Call) -> Array:
         ranks = _ranks(distances(call.q_codes), call, highest)
         wanted = _wanted(call)
-        worst, cutoff = _cut(ranks, wanted, highest)
-        worst, cutoff = worst[..., None], cutoff[..., None]
-        positions = jnp.arange(ranks.shape[3], dtype=jnp.int32)[None, None, None, :]
-        at = worst.astype(ranks.dtype)
-        member = (ranks < at) | ((ranks == at) & (positions >= cutoff))
-        return _compact(member & (wanted > 0)[..., None], slots)
+        worst, ties, cutoff = _cut(ranks, wanted, highest)
+        better = _words(ranks < worst[..., None].astype(ranks.dtype))
+        member = jnp.where((wanted > 0)[..., None], better | _from_bit(ties, cutoff), 0)
+        return _compact(jax.lax.optimization_barrier(member), slots)
 
     call = _Call(q_codes, first, start, stop, last, budget)
     return _in_chunks(rows, call, keys)
@@ -155,10 +153,10 @@ def _wanted(call: _Call) -> Int[Array, "B c J"]:
 
 def _cut(
     ranks: Int[Array, "B c J S"], wanted: Int[Array, "B c J"], highest: int
-) -> tuple[Int[Array, "B c J"], Int[Array, "B c J"]]:
-    """The rank of the worst wanted key, and the position from which keys of that rank are taken.
+) -> tuple[Int[Array, "B c J"], UInt32[Array, "B c J S/32"], Int[Array, "B c J"]]:
+    """The rank of the worst wanted key, the keys of that rank, and from where on they are taken.
 
-    (0, anything) where nothing is wanted.
+    (0, anything, anything) where nothing is wanted.
     """
     low = jnp.zeros_like(wanted)
     high = jnp.full_like(wanted, highest + 1)
@@ -171,38 +169,64 @@ def _cut(
         high = jnp.where(enough, middle, high)
         low = jnp.where(enough, low, jnp.minimum(middle + 1, high))
         better = jnp.where(enough, better, count)
-    ties = ranks == high[..., None].astype(ranks.dtype)
-    return high, _last_ones(ties, wanted - better)
+    ties = _words(ranks == high[..., None].astype(ranks.dtype))
+    ties = jax.lax.optimization_barrier(ties)
+    return high, ties, _last_ones(ties, wanted - better)
 
 
 def _count(mask: Bool[Array, "B c J S"]) -> Int[Array, "B c J"]:
     """Set entries, added up in bytes first: many more of them fit into a vector."""
     few = jnp.sum(mask.reshape(*mask.shape[:3], WORD, -1), axis=3, dtype=jnp.uint8)
-    return jnp.sum(few, axis=3, dtype=jnp.int32)
+    # Fused into the second sum, the first would be taken in its wide numbers.
+    return jnp.sum(jax.lax.optimization_barrier(few), axis=3, dtype=jnp.int32)
 
 
-def _last_ones(mask: Bool[Array, "B c J S"], count: Int[Array, "B c J"]) -> Int[Array, "B c J"]:
-    """The position of the ``count``-th set entry from the end; anything if it does not exist."""
-    words = jax.lax.optimization_barrier(_words(mask))
-    sizes = jax.lax.population_count(words).astype(jnp.int32)
-    running = jax.lax.optimization_barrier(jnp.cumsum(sizes, axis=-1, dtype=jnp.int32))
-    number = running[..., -1] - count
-    word = jnp.sum(running <= number[..., None], axis=-1, dtype=jnp.int32)
-    at = jnp.minimum(word, words.shape[3] - 1)[..., None]
-    before = jnp.take_along_axis(running - sizes, at, axis=3)
-    bit = _nth_bit(jnp.take_along_axis(words, at, axis=3), number[..., None] - before)
-    return (at * WORD + bit)[..., 0]
+def _last_ones(
+    words: UInt32[Array, "B c J S/32"], count: Int[Array, "B c J"]
+) -> Int[Array, "B c J"]:
+    """The position of the ``count``-th set bit from the end; anything if it does not exist.
 
-
-def _compact(member: Bool[Array, "B c J S"], slots: int) -> Int[Array, "B c J P"]:
-    """Positions of set entries, ascending, -1 where there are fewer than ``slots``.
-
-    Entries become bits of words. A slot's entry is in the word before which no more entries lie
-    than the slot's number: words are counted into the slot at which they end, and added up. (The
-    running maximum of the words' first slots would say the same, but is slow in XLA on a CPU.)
-    Work beyond one pass over S follows S/32 + P.
+    It is looked for among runs of words, among the words of a run and in a word, so that running
+    sums stay short.
     """
-    words = jax.lax.optimization_barrier(_words(member))
+    words = jnp.pad(words, ((0, 0), (0, 0), (0, 0), (0, -words.shape[3] % WORD)))
+    words = words.reshape(*words.shape[:3], -1, WORD)
+    sizes = jnp.sum(jax.lax.population_count(words).astype(jnp.int32), axis=4)
+    run, number = _part(sizes, jnp.sum(sizes, axis=3) - count)
+    words = jnp.take_along_axis(words, run[..., None, None], axis=3)[..., 0, :]
+    word, number = _part(jax.lax.population_count(words).astype(jnp.int32), number)
+    last = jnp.take_along_axis(words, word[..., None], axis=3)[..., 0]
+    return (run * WORD + word) * WORD + _nth_bit(last, number)
+
+
+def _part(
+    sizes: Int[Array, "B c J M"], number: Int[Array, "B c J"]
+) -> tuple[Int[Array, "B c J"], Int[Array, "B c J"]]:
+    """In which part of so many entries entry ``number`` (0-based) is, and its number in there."""
+    running = jnp.cumsum(sizes, axis=3, dtype=jnp.int32)
+    passed = running <= number[..., None]
+    part = jnp.minimum(jnp.sum(passed, axis=3, dtype=jnp.int32), sizes.shape[3] - 1)
+    return part, number - jnp.max(jnp.where(passed, running, 0), axis=3)
+
+
+def _from_bit(
+    words: UInt32[Array, "B c J S/32"], first: Int[Array, "B c J"]
+) -> UInt32[Array, "B c J S/32"]:
+    """The words without the set bits before position ``first``."""
+    start = jnp.arange(words.shape[3], dtype=jnp.int32)[None, None, None, :] * WORD
+    missing = jnp.clip(first[..., None] - start, 0, WORD)
+    kept = words >> jnp.minimum(missing, WORD - 1).astype(jnp.uint32)
+    kept = kept << jnp.minimum(missing, WORD - 1).astype(jnp.uint32)
+    return jnp.where(missing < WORD, kept, 0)
+
+
+def _compact(words: UInt32[Array, "B c J S/32"], slots: int) -> Int[Array, "B c J P"]:
+    """Positions of set bits, ascending, -1 where there are fewer than ``slots``.
+
+    A slot's entry is in the word before which no more entries lie than the slot's number: words are
+    counted into the slot at which they end, and added up. (The running maximum of the words' first
+    slots would say the same, but is slow in XLA on a CPU.) Work follows S/32 + P.
+    """
     sizes = jax.lax.population_count(words).astype(jnp.int32)
     running = jnp.cumsum(sizes, axis=-1, dtype=jnp.int32)
     before = jax.lax.optimization_barrier(running - sizes)

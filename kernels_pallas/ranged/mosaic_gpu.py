@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas import gpu, gpu_key_major, gpu_query_major
+from kernels_pallas import gpu, gpu_key_major, gpu_query_major, tuned
 from kernels_pallas.common import AttentionOutput
 from kernels_pallas.gpu_tiles import (
     GradientOperands,
@@ -52,17 +52,44 @@ def ranged_attention(
     """
     gpu.check_device()
     gpu.check_dtypes(_OP, q=q, k=k, v=v)
-    width, value_width = gpu.padded_width(_OP, q.shape[3]), gpu.padded_width(_OP, v.shape[3])
-    if tiles is None:
-        rows = q.shape[1] * (q.shape[2] // k.shape[2])
-        tiles = tiles_for(width, value_width, rows)
-    tiles.check(width, value_width)
+    passes = tuple(choose_tiles(q, k, v, tiles, direction) for direction in tuned.DIRECTIONS)
     if scale < 0:
         q, scale = -q, -scale
     elif scale == 0:
         q, scale = q * 0, 1.0
-    out, lse = _attend(scale, tiles, q, k, v, start, stop)
+    out, lse = _attend(scale, passes, q, k, v, start, stop)
     return AttentionOutput(out, lse)
+
+
+def choose_tiles(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K Hv"],
+    tiles: Tiles | None,
+    direction: tuned.Direction,
+) -> Tiles:
+    """``tiles``, measured ones or sizes by rule for a pass; raises what does not fit."""
+    width, value_width = gpu.padded_width(_OP, q.shape[3]), gpu.padded_width(_OP, v.shape[3])
+    group = q.shape[2] // k.shape[2]
+
+    def check(tiles: Tiles) -> None:
+        tiles.check(width, value_width)
+
+    if tiles is None:
+        tiles = tuned.choose(
+            _OP,
+            gpu.chip_kind(),
+            tiles_for(width, value_width, q.shape[1] * group),
+            check,
+            direction=direction,
+            length=q.shape[1],
+            group=group,
+            width=width,
+            value_width=value_width,
+            dtype=str(q.dtype),
+        )
+    check(tiles)
+    return tiles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,11 +191,12 @@ class _Meetings:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(scale, tiles, q, k, v, start, stop):
-    return _attend_forward(scale, tiles, q, k, v, start, stop)[0]
+def _attend(scale, passes, q, k, v, start, stop):
+    return _attend_forward(scale, passes, q, k, v, start, stop)[0]
 
 
-def _attend_forward(scale, tiles, q, k, v, start, stop):
+def _attend_forward(scale, passes, q, k, v, start, stop):
+    tiles, _ = passes
     layout = Layout.of(q, k.shape[2], k.shape[2], tiles.warpgroups)
     rows = {"start": layout.rows_of(start), "stop": layout.rows_of(stop)}
     some = jnp.broadcast_to((stop > start)[..., None], q.shape[:3])
@@ -189,7 +217,15 @@ def _attend_forward(scale, tiles, q, k, v, start, stop):
     return (out, lse), (q, k, v, start, stop, out, lse)
 
 
-def _attend_backward(scale, tiles, residuals, cotangents):
+def _attend_backward(scale, passes, residuals, cotangents):
+    return gradients(scale, passes[1], residuals, cotangents)
+
+
+def gradients(scale, tiles, residuals, cotangents):
+    """Cotangents of (q, k, v, start, stop), the last two None, from those of (out, lse).
+
+    ``residuals`` are (q, k, v, start, stop, out, lse).
+    """
     q, k, v, start, stop, out, lse = residuals
     d_out, d_lse = cotangents
     layout = Layout.of(q, k.shape[2], k.shape[2], tiles.warpgroups)

@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas import tpu
+from kernels_pallas import tpu, tuned
 from kernels_pallas.common import AttentionOutput
 from kernels_pallas.interpreting import interpreter
 from kernels_pallas.ranged import cost, mosaic_tpu_backward
@@ -49,22 +49,22 @@ def ranged_attention(
         many or too wide for vector memory.
     """
     tpu.check_arrays("ranged_attention", q=q, k=k, v=v)
-    plan = plan_for(q, k, v, scale, tiles)
-    return AttentionOutput(*_attend(plan, q, k, v, start, stop))
+    plans = tuple(plan_for(q, k, v, scale, tiles, direction) for direction in tuned.DIRECTIONS)
+    return AttentionOutput(*_attend(plans, q, k, v, start, stop))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(plan, q, k, v, start, stop):
-    return _forward(plan, q, k, v, start, stop)
+def _attend(plans, q, k, v, start, stop):
+    return _forward(plans[0], q, k, v, start, stop)
 
 
-def _attend_fwd(plan, q, k, v, start, stop):
-    out, lse = _forward(plan, q, k, v, start, stop)
+def _attend_fwd(plans, q, k, v, start, stop):
+    out, lse = _forward(plans[0], q, k, v, start, stop)
     return (out, lse), (q, k, v, start, stop, out, lse)
 
 
-def _attend_bwd(plan, residuals, cotangents):
-    gradients = mosaic_tpu_backward.gradients(plan, *residuals, *cotangents)
+def _attend_bwd(plans, residuals, cotangents):
+    gradients = mosaic_tpu_backward.gradients(plans[1], *residuals, *cotangents)
     return (*gradients, None, None)
 
 

@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Int
 
-from kernels_pallas import tpu
+from kernels_pallas import tpu, tuned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,7 @@ def tiles_for(
     About 512 rows by 512 keys: each product is then some four tensor-unit passes deep on every
     generation and a step's copies (256 KiB at H = 128, bfloat16) take less than its products.
     v6e computes four times faster per byte, hence twice the keys. Halved until the kernels fit
-    into vector memory. Reasoned, not measured: no TPU was at hand. Tuned tables would be read here.
+    into vector memory. Reasoned, not measured: no TPU was at hand.
     """
     query_tokens = max(tpu.TOKEN_STEP, 512 // group // tpu.TOKEN_STEP * tpu.TOKEN_STEP)
     query_tokens = min(query_tokens, tpu.round_up(tokens, tpu.TOKEN_STEP))
@@ -90,18 +90,41 @@ def vmem_bytes(
     return max(query_major, key_major) + logits
 
 
-def plan_for(q: Array, k: Array, v: Array, scale: float, tiles: Tiles | None) -> Plan:
-    """The plan of a call, with ``tiles`` or sizes by rule; raises what does not fit."""
+def plan_for(
+    q: Array,
+    k: Array,
+    v: Array,
+    scale: float,
+    tiles: Tiles | None,
+    direction: tuned.Direction = "forward",
+) -> Plan:
+    """The plan of a pass: ``tiles``, measured ones or sizes by rule. Raises what does not fit."""
     batch, queries, heads, width = q.shape
     keys, kv_heads, value_width = v.shape[1:]
     group = heads // kv_heads
     widths = tpu.round_up(width, tpu.LANES), tpu.round_up(value_width, tpu.LANES)
+    chip = tpu.chip_kind()
+
+    def check(tiles: Tiles) -> None:
+        needed = vmem_bytes(tiles.tokens, tiles.keys, group, *widths, q.dtype.itemsize)
+        tpu.check_vmem(
+            "ranged_attention", needed, f"G={group} heads of {width} and {value_width}, {tiles}"
+        )
+
     if tiles is None:
-        tiles = tiles_for(tpu.chip_kind(), queries, keys, group, *widths, q.dtype.itemsize)
-    needed = vmem_bytes(tiles.tokens, tiles.keys, group, *widths, q.dtype.itemsize)
-    tpu.check_vmem(
-        "ranged_attention", needed, f"G={group} heads of {width} and {value_width}, {tiles}"
-    )
+        tiles = tuned.choose(
+            "ranged_attention",
+            chip,
+            tiles_for(chip, queries, keys, group, *widths, q.dtype.itemsize),
+            check,
+            direction=direction,
+            length=queries,
+            group=group,
+            width=widths[0],
+            value_width=widths[1],
+            dtype=str(q.dtype),
+        )
+    check(tiles)
     layout = tpu.RowLayout(batch, queries, kv_heads, group, tiles.tokens)
     return Plan(layout, keys, kv_heads, *widths, value_width, tiles.keys, scale)
 

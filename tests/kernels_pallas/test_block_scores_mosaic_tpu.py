@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kernel_proof import relative_error, strictly_interpreted
+from kernel_proof import hold, strictly_interpreted
 
 from kernels_pallas.block_scores import Pooling, block_scores, select_blocks
 from kernels_pallas.block_scores.mosaic_tpu import (
@@ -143,10 +143,12 @@ def check_scores(
     seen = ~np.isneginf(want.lse)
     np.testing.assert_array_equal(result.out[~seen], 0)
     np.testing.assert_array_equal(gradients[0][~seen], 0)
-    assert relative_error(result.lse[seen], want.lse[seen]) < 1e-5
+    hold(result.lse[seen], want.lse[seen], 1e-5)
     pairs = zip((result.out, *gradients), (want.out, *want_gradients), strict=True)
     for name, (got, expected) in zip(("out", "dq", "dk", "dv"), pairs, strict=True):
-        assert relative_error(got, expected) < TOLERANCE[dtype], name
+        # Over one entry a gradient is the difference of two equal sums, plus the lse's cotangent.
+        cancels = shape[2] == 1 and dtype == jnp.float32
+        hold(got, expected, 1e-4 if cancels else TOLERANCE[dtype], name)
     if exact:
         np.testing.assert_array_equal(result.indices, want.indices)
     else:
@@ -200,7 +202,7 @@ def test_interpreted_equals_reference_bfloat16():
     wide = tuple(x.astype(jnp.float32) for x in heads)
     want = block_scores(*wide, *rows, implementation="reference", **rules)
     assert got.out.dtype == jnp.bfloat16
-    assert relative_error(got.out, want.out) < 1e-2
+    hold(got.out, want.out, 1e-2)
     np.testing.assert_allclose(got.lse, want.lse, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(got.indices, want.indices)
 
@@ -222,7 +224,7 @@ def test_interpreted_entry_lse_equals_reference():
     want = np.asarray(entry_lse_reference(q, k, start, stop, scale=0.3))
     np.testing.assert_array_equal(np.isneginf(got), np.isneginf(want))
     seen = ~np.isneginf(want)
-    assert relative_error(got[seen], want[seen]) < 1e-5
+    hold(got[seen], want[seen], 1e-5)
 
 
 def tied_heads(shape, seed=0):

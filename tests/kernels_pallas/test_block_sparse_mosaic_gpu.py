@@ -7,6 +7,7 @@ import pytest
 from kernel_proof import strictly_interpreted
 from mosaic_gpu_cases import check, draw_heads, expected, functional, interpreted_result
 
+from kernels_pallas import tuned
 from kernels_pallas.ahead_of_time import lower_for_gpu
 from kernels_pallas.block_sparse import block_sparse_attention, reference
 from kernels_pallas.block_sparse.lists import build_inverse_lists
@@ -57,14 +58,27 @@ def draw(seed, shape, lists, slots, block_size, hot=False):
     return arrays, indices, positions
 
 
-def poison(q, k, v, positions, causal):
-    """NaN and infinity in queries without a position and in keys after the last position."""
-    if not causal:
-        return q, k, v
-    late = jnp.arange(k.shape[1])[None, :] > jnp.max(positions, axis=1, keepdims=True)
-    q = jnp.where((positions >= 0)[:, :, None, None], q, jnp.nan)
-    late = late[:, :, None, None]
-    return q, jnp.where(late, jnp.nan, k), jnp.where(late, jnp.inf, v)
+def unseen_keys(shape, indices, positions, block_size, causal):
+    """bool [B, S, K]: keys that no query sees, many of them in blocks that some query visits."""
+    batch, rows, keys, _, kv_heads = shape[:5]
+    lists = indices.shape[2]
+    unseen = np.ones((batch, keys, kv_heads), bool)
+    for b, t, j in np.ndindex(batch, rows, max(lists, kv_heads)):
+        last = int(positions[b, t]) if causal else keys - 1
+        for block in np.asarray(indices[b, t, j % lists]):
+            if block >= 0:
+                stop = min((block + 1) * block_size, last + 1)
+                unseen[b, block * block_size : stop, j * kv_heads // max(lists, kv_heads)] = False
+    return unseen
+
+
+def poison(q, k, v, indices, positions, block_size, causal):
+    """NaN and infinity in queries without a position and in keys that no query sees."""
+    shape = (*q.shape[:2], k.shape[1], *q.shape[2:3], k.shape[2])
+    unseen = unseen_keys(shape, indices, positions, block_size, causal)[..., None]
+    if causal:
+        q = jnp.where((positions >= 0)[:, :, None, None], q, jnp.nan)
+    return q, jnp.where(unseen, jnp.nan, k), jnp.where(unseen, jnp.inf, v)
 
 
 def compare(
@@ -76,7 +90,7 @@ def compare(
     )
     want = expected(specification, q, k, v, indices, positions)
     attend = bind(on_gpu, shape, block_size, causal, **options)
-    poisoned = poison(q, k, v, positions, causal)
+    poisoned = poison(q, k, v, indices, positions, block_size, causal)
     check(interpreted_result(attend, *poisoned, indices, positions, twice=twice), want)
 
 
@@ -165,6 +179,25 @@ def test_interpreted_equals_reference_options(options):
 @pytest.mark.parametrize("tiles", [Tiles(1, 64, 1, 1, 1), Tiles(2, 64, 3, 2, 3)])
 def test_interpreted_equals_reference_tiles_and_a_hot_block(tiles):
     compare(6, (1, 280, 400, 2, 2, 64, 64), 2, 2, tiles=tiles, hot=True, twice=True)
+
+
+def test_interpreted_unseen_keys_of_visited_blocks_may_be_nan():
+    """One query lists blocks 0 and 2 and stops inside 2; another, that lists none, reaches on."""
+    compare(2, (1, 2, 200, 1, 1, 64, 64), 1, 2)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("backward", [1, 2])
+def test_interpreted_equals_reference_other_rows_a_tile_backward(backward):
+    """Measured tiles may differ by pass: the lists are then built again."""
+    sizes = {"group": 2, "block_size": 64, "width": 64, "value_width": 64, "dtype": "bfloat16"}
+    warpgroups = {"forward": 3 - backward, "backward": backward}
+    entries = [
+        tuned.Entry("block_sparse_attention", direction, 1, sizes, {"warpgroups": count})
+        for direction, count in warpgroups.items()
+    ]
+    with tuned.using(entries):
+        compare(11, (1, 150, 201, 4, 2, 64, 64), 2, 2)
 
 
 @pytest.mark.full
@@ -270,7 +303,7 @@ def test_device_equals_reference(shape, lists, slots, block_size, hot):
     specification = bind(reference.block_sparse_attention, shape, block_size, True)
     want = expected(specification, q, k, v, indices, positions)
     run = functional(bind(on_gpu, shape, block_size, True))
-    poisoned = poison(q, k, v, positions, True)
+    poisoned = poison(q, k, v, indices, positions, block_size, True)
     result, again = (jax.tree.map(np.asarray, run(*poisoned, indices, positions)) for _ in range(2))
     check(result, want)
     for name, array in result.items():

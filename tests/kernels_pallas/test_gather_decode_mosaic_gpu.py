@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kernel_proof import relative_error, strictly_interpreted
+from kernel_proof import hold, strictly_interpreted
 
 from kernels_pallas.ahead_of_time import lower_for_gpu
 from kernels_pallas.common import AttentionOutput
@@ -84,12 +84,12 @@ def check(output, gradients, want, want_gradients, bound=BOUND):
     dead = np.isneginf(np.asarray(want.lse))
     np.testing.assert_array_equal(np.isneginf(np.asarray(output.lse)), dead)
     assert np.all(np.asarray(output.out, np.float64)[dead] == 0)
-    assert relative_error(output.out, want.out) < bound
+    hold(output.out, want.out, bound)
     seen = [np.where(dead, 0, np.asarray(x.lse, np.float64)) for x in (output, want)]
-    assert relative_error(*seen) < 1e-5
+    hold(*seen, 1e-5)
     for gradient, wanted in zip(gradients, want_gradients, strict=True):
         assert np.all(np.isfinite(np.asarray(gradient, np.float64)))
-        assert relative_error(gradient, wanted) < bound
+        hold(gradient, wanted, bound)
     assert np.all(np.asarray(gradients[0], np.float64)[dead] == 0)
 
 
@@ -509,8 +509,8 @@ def test_device_benchmark_shapes_match_xla():
                     q, k, v, i, implementation="xla", **o
                 )
             )(*(x.astype(jnp.float32) for x in (q, k, v)))
-        assert relative_error(got.out, want.out) < BOUND
-        assert relative_error(got.lse, want.lse) < 1e-5
+        hold(got.out, want.out, BOUND)
+        hold(got.lse, want.lse, 1e-5)
         if L == 1:
             both = jnp.concatenate([k, v], axis=-1)
             got = jax.jit(
@@ -525,5 +525,5 @@ def test_device_benchmark_shapes_match_xla():
                     q, k, v, i, positions=p, implementation="mosaic_gpu"
                 )
             )(q, keys, values)
-        assert relative_error(got.out, want.out) < BOUND
-        assert relative_error(got.lse, want.lse) < 1e-5
+        hold(got.out, want.out, BOUND)
+        hold(got.lse, want.lse, 1e-5)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.gather_decode import gather_decode, gather_tokens
+from kernels_pallas.gather_decode import gather_decode, gather_tokens, tokens
 
 
 def example(width, value_width, *, B=2, T=2, S=11, K=2, N=4, P=5):
@@ -53,8 +53,12 @@ def test_neighbours_in_memory_may_hold_anything(x64):
 
 
 @pytest.mark.parametrize("lists", [1, 2, 4])
-@pytest.mark.parametrize("implementation", ["reference", "xla"])
-def test_keys_with_their_values_give_what_both_give(x64, lists, implementation):
+@pytest.mark.parametrize("implementation", ["reference", "xla", "xla in parts"])
+def test_keys_with_their_values_give_what_both_give(x64, monkeypatch, lists, implementation):
+    if implementation == "xla in parts":
+        implementation = "xla"
+        monkeypatch.setattr(tokens, "KEYS_PER_PART", 2)
+        monkeypatch.setattr(tokens, "WIDE", 11)
     q, k, v, indices, positions = example(8, 6)
     indices = jnp.concatenate([indices, indices], axis=2)[:, :, :lists].at[0, 1, 0].set(-1)
     positions = positions.at[1, 0].set(4)

@@ -145,6 +145,15 @@ def test_codes_wider_than_a_byte_of_distance():
     check(q, k, start, stop, np.full((2, 2, 2), 11), start, stop, 11, 128, "xla")
 
 
+@pytest.mark.parametrize("budget", [1, 700, 1400])
+def test_ties_across_runs_of_words(budget):
+    """Codes of 8 bits over 2500 keys: hundreds tie, their cut lies beyond the first 1024 keys."""
+    q, k = example(8, B=1, T=1, J=2, G=1, S=2500, bits=8)
+    start, stop = np.full((1, 1), 3), np.full((1, 1), 2400)
+    edges = np.zeros((1, 1), int), np.full((1, 1), 2500)
+    check(q, k, start, stop, np.full((1, 1, 2), budget), *edges, budget + 103, 8, "xla")
+
+
 def test_many_rows_in_chunks_equal_few(monkeypatch):
     from kernels_pallas.hamming import xla
 

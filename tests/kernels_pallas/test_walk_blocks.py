@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from kernels_pallas.block_sparse.reference import block_sparse_attention
-from kernels_pallas.gather_decode import as_tokens, gather_blocks
+from kernels_pallas.gather_decode import as_tokens, gather_blocks, walk
 
 
 def arguments(lists, slots, query_heads=4, kv_heads=2, dtype=jnp.float64, blocks=7, length=8):
@@ -29,8 +29,10 @@ def arguments(lists, slots, query_heads=4, kv_heads=2, dtype=jnp.float64, blocks
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("keys_per_step", [16, 512])
 @pytest.mark.parametrize(("lists", "slots"), [(1, 4), (2, 1), (2, 7), (4, 5)])
-def test_equals_the_specification(x64, implementation, lists, slots):
+def test_equals_the_specification(x64, monkeypatch, implementation, keys_per_step, lists, slots):
+    monkeypatch.setattr(walk, "KEYS_PER_STEP", keys_per_step)
     q, k, v, indices, positions = arguments(lists, slots)
     out, lse = jax.jit(
         lambda *a: gather_blocks(*a[:4], positions=a[4], implementation=implementation)
