@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from kernels_pallas.common import AttentionOutput, accumulation_dtype, merge
 from kernels_pallas.gather_decode import reference
@@ -15,8 +15,11 @@ from kernels_pallas.gather_decode.xla import WIDE
 
 __all__ = ["gather_tokens_reference", "gather_tokens_xla"]
 
-KEYS_PER_PART = 560
+KEYS_PER_PART = 768
 """Keys that a CPU gathers at a time: few enough that copies of them stay in its second cache."""
+
+LANES = 16
+"""Numbers of a vector; parts are multiples of it."""
 
 
 def gather_tokens_reference(
@@ -59,18 +62,21 @@ def gather_tokens_xla(
     dtype = accumulation_dtype(q.dtype)
     one_by_one = jax.default_backend() == "cpu"
     lists, slots = max(indices.shape[2], kv_heads), indices.shape[3]
+    group = query_heads // lists
     indices = jnp.broadcast_to(indices.astype(jnp.int32), (batch, queries, lists, slots))
-    indices = jnp.where(indices <= positions[:, :, None, None], indices, -1)
+    # Fused into the padding, what made the lists would run number by number.
+    indices = jax.lax.optimization_barrier(
+        jnp.where(indices <= positions[:, :, None, None], indices, -1)
+    )
     parts = -(-slots // KEYS_PER_PART) if one_by_one else 1
-    fill = ((0, 0), (0, 0), (0, 0), (0, -slots % parts))
-    indices = jnp.pad(indices, fill, constant_values=-1).reshape(-1, (slots + fill[3][1]) // parts)
+    length = -(-slots // (parts * LANES)) * LANES
+    fill = ((0, 0), (0, 0), (0, 0), (0, parts * length - slots))
+    indices = jnp.pad(indices, fill, constant_values=-1).reshape(-1, length)
     # What is fetched beyond a key or a value meets zeros, or is dropped.
     least = min(WIDE, both) if one_by_one else 0
     key_width, value_width = max(width, least), max(both - width, least)
-    # Fused into the padding, what made the queries (a rotation, say) would run number by number.
-    q = jax.lax.optimization_barrier(q)
     padded = jnp.pad(q.astype(dtype) * scale, ((0, 0), (0, 0), (0, 0), (0, key_width - width)))
-    padded = padded.reshape(-1, query_heads // lists, key_width)
+    padded = padded.reshape(-1, group, key_width)
     rows = kv.reshape(-1, both)
 
     def attend(item):
@@ -84,18 +90,8 @@ def gather_tokens_xla(
         )
         # Fused into what follows, the copies would become element-wise loops.
         key, value = (x.astype(dtype) for x in jax.lax.optimization_barrier(fetched))
-        # With the long operand first the product reads it in its own order; the barrier keeps that.
-        logits = jax.lax.optimization_barrier(jnp.matmul(key, padded[row].T)).T
-        logits = jnp.where((listed >= 0)[None, :], logits, -jnp.inf)
-        top = jax.lax.stop_gradient(jnp.max(logits, axis=1, keepdims=True))
-        top = jnp.where(jnp.isneginf(top), 0.0, top)
-        weights = jnp.exp(logits - top)
-        total = jnp.sum(weights, axis=1, keepdims=True)
-        seen = total > 0
-        safe = jnp.where(seen, total, 1.0)
-        out = jnp.matmul(weights, value)[:, value_width - (both - width) :] / safe
-        lse = jnp.where(seen, top + jnp.log(safe), -jnp.inf)
-        return out, lse[:, 0]
+        out, lse = _attend(key, value, padded[row], listed >= 0)
+        return out[:, width - both :], lse
 
     arguments = (jnp.arange(len(indices), dtype=jnp.int32), indices)
     out, lse = jax.lax.map(attend, arguments) if one_by_one else jax.vmap(attend)(arguments)
@@ -103,6 +99,31 @@ def gather_tokens_xla(
     out, lse = merge(*map(AttentionOutput, *by_part))
     out = out.reshape(batch, queries, query_heads, both - width).astype(q.dtype)
     return AttentionOutput(out, lse.reshape(batch, queries, query_heads))
+
+
+def _attend(
+    key: Float[Array, "P c"],
+    value: Float[Array, "P d"],
+    heads: Float[Array, "G c"],
+    visible: Bool[Array, " P"],
+) -> tuple[Float[Array, "G d"], Float[Array, " G"]]:
+    """Output and lse of a few heads over the visible keys, whose number is a multiple of LANES."""
+    group = heads.shape[0]
+    # With the long operand first the product reads it in its own order; a barrier keeps that.
+    logits = jax.lax.optimization_barrier(jnp.matmul(key, heads.T)).T
+    logits = jnp.where(visible[None, :], logits, -jnp.inf)
+    # Reductions over rows of lanes are vector code, those along a row are not.
+    logits = jax.lax.optimization_barrier(logits.reshape(group, -1, LANES))
+    top = jax.lax.optimization_barrier(jnp.max(logits, axis=1))
+    top = jax.lax.stop_gradient(jnp.max(top, axis=1, keepdims=True))
+    top = jnp.where(jnp.isneginf(top), 0.0, top)
+    weights = jnp.exp(logits - top[:, :, None])
+    total = jax.lax.optimization_barrier(jnp.sum(weights, axis=1))
+    total = jnp.sum(total, axis=1, keepdims=True)
+    seen = total > 0
+    safe = jnp.where(seen, total, 1.0)
+    lse = jnp.where(seen, top + jnp.log(safe), -jnp.inf)
+    return jnp.matmul(weights.reshape(group, -1), value) / safe, lse[:, 0]
 
 
 def _columns(
