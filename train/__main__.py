@@ -12,11 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
+import jax
 import tyro
 from rich.console import Console
 from rich.markup import escape
 
 from train.config import ConfigError, RunConfig, UserError, list_recipes, load_recipe
+from train.distributed import Processes, is_first, join
 
 PROGRAM = "python -m train"
 
@@ -36,6 +38,11 @@ class Arguments:
     """Print parameters, densities, memory and FLOPs of a step, and stop."""
     resume_with_changes: bool = False
     """Resume a run although its configuration changed."""
+    distributed: bool = False
+    """Join the other processes of this run; JAX finds them under Slurm, Open MPI, Cloud TPU and
+    Kubernetes."""
+    processes: Processes = dataclasses.field(default_factory=Processes)
+    """Join processes that are named by hand."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,6 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print_recipes(console)
             return 2 if set(arguments) - {"-h", "--help"} else 0
         parsed = parse(arguments, load_recipe(recipe))
+        if parsed.distributed or parsed.processes.coordinator:
+            join(parsed.processes)
+            console.quiet = not is_first()
         if parsed.dry_run:
             from train.dry_run import dry_run
 
@@ -64,9 +74,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         outcome = train(parsed.run, resume_with_changes=parsed.resume_with_changes, console=console)
         if outcome.status == "finished" and parsed.run.evaluate_at_end:
-            from train.evaluate import evaluate
+            from train import evaluate
 
-            evaluate(parsed.run, console=Console())
+            if jax.process_count() > 1:
+                run_dir = parsed.run.run_dir
+                console.print(f"score it with {evaluate.PROGRAM} --checkpoint {run_dir}")
+                return 0
+            evaluate.evaluate(parsed.run, console=Console())
     except UserError as error:
         console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         return 2

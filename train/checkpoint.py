@@ -24,15 +24,21 @@ from jax.sharding import SingleDeviceSharding
 
 from models.transformer import Decoder, abstract, merge
 from train.config import RunConfig, UserError, from_json, to_json
+from train.distributed import is_first, meet
 from train.optimizer import parameter_name
 
 FOLDER = "checkpoints"
+DAMAGED = "damaged-checkpoints"
 _FORMAT = 1
 _NEVER_AWAITED = r"coroutine '.*' was never awaited"
 
 
 class CheckpointError(UserError):
     """A checkpoint is missing, damaged, or of another model."""
+
+
+class DamagedCheckpoint(CheckpointError):  # noqa: N818 - what the user is told
+    """A checkpoint cannot be read, or holds other values than were saved."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +151,42 @@ class Checkpoints:
         self._prove(step, metadata["arrays"], read.state)
         return Restored(step, read.state, read.input["state"], from_json(metadata["config"]))
 
+    def restore_newest(self, shapes: Any, warn: Callable[[str], None] = warnings.warn) -> Restored:
+        """The newest step that is whole. Damaged ones after it are told by ``warn`` and put aside,
+        into ``damaged-checkpoints`` of the run, so that their numbers can be saved again.
+
+        Raises:
+          CheckpointError: if none is whole (the error of the oldest), or one is of another model.
+        """
+        damaged = []
+        for step in reversed(self.steps):
+            try:
+                restored = self.restore(shapes, step)
+            except DamagedCheckpoint as error:
+                last, reason = error, str(error).partition("; delete")[0]
+                damaged.append((step, reason))
+                continue
+            for other, reason in damaged:
+                place = self._put_aside(other)
+                warn(f"{reason}; going on from step {step}, the damaged one is in {place}")
+            return restored
+        if damaged:
+            raise last
+        return self.restore(shapes)
+
+    def _put_aside(self, step: int) -> Path:
+        """Move a step's folder to where no run looks for it."""
+        assert self._manager is not None, "restore found no manager"
+        place = self.folder.parent / DAMAGED / f"{step}"
+        while place.exists():
+            place = place.with_name(f"{place.name}-again")
+        if is_first():
+            place.parent.mkdir(exist_ok=True)
+            self.path(step).rename(place)
+        meet(f"put aside checkpoint {step}")
+        self._manager.reload()
+        return place
+
     def restore_part(self, shapes: dict[str, Any], step: int | None = None) -> dict[str, Any]:
         """Read only some fields of the saved state, e.g. ``{"params": ..., "state": ...}``.
 
@@ -231,10 +273,10 @@ class Checkpoints:
             first_line = (str(error).strip().splitlines() or [""])[0][:120]
             raise self._damaged(step, f"{type(error).__name__}: {first_line}") from error
 
-    def _damaged(self, step: int, why: str) -> CheckpointError:
+    def _damaged(self, step: int, why: str) -> DamagedCheckpoint:
         earlier = [other for other in self.steps if other < step]
         back = f"to go on from step {earlier[-1]}" if earlier else "to train from the beginning"
-        return CheckpointError(
+        return DamagedCheckpoint(
             f"checkpoint {self.path(step)} is damaged or half-written ({why}); "
             f"delete that folder {back}, or start a new run with --run-dir"
         )
@@ -289,7 +331,7 @@ def load_decoder(run_dir: str | Path, step: int | None = None) -> tuple[Decoder,
     with Checkpoints(run_dir, read_only=True) as checkpoints:
         config = checkpoints.config(step)
         graphdef, params, state = abstract(config.model)
-        device = SingleDeviceSharding(jax.devices()[0])
+        device = SingleDeviceSharding(jax.local_devices()[0])
         shapes = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
             {"params": params, "state": state},

@@ -65,6 +65,7 @@ class OptimizerConfig:
       epsilon: added to the root of the second mean.
       weight_decay: decoupled; matrices only, never norms, biases, embeddings or positions.
       clip_norm: gradients are scaled down to this global norm; 0 turns clipping off.
+      z_loss: weight of the squared logarithm of the softmax's denominator; 0 leaves it out.
 
     Raises:
       ValueError: if a value is out of range.
@@ -80,6 +81,7 @@ class OptimizerConfig:
     epsilon: float = 1e-8
     weight_decay: float = 0.1
     clip_norm: float = 1.0
+    z_loss: float = 0.0
 
     def __post_init__(self) -> None:
         if self.schedule not in ("cosine", "wsd", "constant"):
@@ -94,7 +96,7 @@ class OptimizerConfig:
             value = getattr(self, name)
             if not 0 <= value <= 1 or (value == 1 and name != "final_fraction"):
                 raise ValueError(f"optimizer.{name}={value} is out of range 0 to 1")
-        for name in ("warmup_steps", "weight_decay", "clip_norm"):
+        for name in ("warmup_steps", "weight_decay", "clip_norm", "z_loss"):
             if getattr(self, name) < 0:
                 raise ValueError(f"optimizer.{name}={getattr(self, name)} must not be negative")
         if not self.epsilon > 0:
@@ -161,6 +163,8 @@ class LoggingConfig:
       every: steps between lines of metrics.jsonl.
       inspect_every: steps between comparisons of the selection with dense attention; 0 for never.
       progress: draw a progress line in the terminal.
+      profile: first and last step that JAX's profiler traces into the run folder's ``profile``;
+        (0, 0) for none.
       wandb: also report to Weights & Biases, into a local folder ("offline") or to its service
         ("online"); needs the ``wandb`` extra.
       wandb_project: the project there.
@@ -172,6 +176,7 @@ class LoggingConfig:
     every: int = 1
     inspect_every: int = 100
     progress: bool = True
+    profile: tuple[int, int] = (0, 0)
     wandb: Literal["off", "offline", "online"] = "off"
     wandb_project: str = "sparse-attn"
 
@@ -180,6 +185,10 @@ class LoggingConfig:
             raise ValueError(f"logging.every={self.every} must be at least 1")
         if self.inspect_every < 0:
             raise ValueError(f"logging.inspect_every={self.inspect_every} must not be negative")
+        if self.profile != (0, 0) and not 1 <= self.profile[0] <= self.profile[1]:
+            raise ValueError(
+                f"logging.profile={self.profile} must be a first and a last step from 1 on, or 0 0"
+            )
         if self.wandb not in ("off", "offline", "online"):
             raise ValueError(f"logging.wandb={self.wandb!r} must be off, offline or online")
 

@@ -8,7 +8,6 @@ import math
 import os
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +15,7 @@ from typing import Any, Literal
 import jax
 from flax import nnx
 from rich.console import Console
+from rich.markup import escape
 
 from models.loading import load
 from models.loading.sources import open_checkpoint
@@ -32,8 +32,11 @@ from train.config import (
     save_run_config,
 )
 from train.data import TrainIterator, make_tokenizer, make_train_iterator
+from train.distributed import Agreement, is_first, meet
+from train.flops import peak_flops, token_flops
 from train.optimizer import parameter_name
-from train.reporting import Display, MetricsFile, Wandb, draw_loss_curve, show_library_messages
+from train.profiling import Profile
+from train.reporting import Log, draw_loss_curve, show_library_messages
 from train.sharding import Placement, check_divisible, make_mesh
 from train.step import (
     Metrics,
@@ -75,11 +78,11 @@ def train(
       UserError: on anything the caller can mend: a configuration that does not fit the text, the
         devices or the run folder, a damaged checkpoint, a diverged run.
     """
-    console = console or Console(stderr=True)
+    console = console or Console(stderr=True, quiet=not is_first())
     show_library_messages(console)
     shapes, placement = plan(config)
     resumes = open_run_folder(config, resume_with_changes=resume_with_changes)
-    batches = open_input(config, resumes=resumes)
+    batches = open_input(config, placement, resumes=resumes)
     train_step = make_train_step(config, placement)
     inspect = make_inspection(config, placement)
 
@@ -88,7 +91,8 @@ def train(
         checkpoints = Checkpoints(config.run_dir, keep=config.checkpoint.keep)
         stack.callback(checkpoints.close)
         state, first = start_state(config, placement, shapes, checkpoints, batches, console)
-        save_run_config(config, config.run_dir)
+        if is_first():
+            save_run_config(config, config.run_dir)
         parameters, learning = (
             count_parameters(tree) for tree in (state.params, trained(config, state.params))
         )
@@ -96,40 +100,41 @@ def train(
         console.print(f"{parameters:,} parameters{fixed}, {placement.mesh.size} device(s)")
         frozen = frozen_arrays(config, state)
 
-        metrics_file = MetricsFile(config.run_dir, first)
-        stack.callback(metrics_file.close)
-        wandb = Wandb(config)
-        stack.callback(wandb.close)
-        display = stack.enter_context(
-            Display(console, first=first, steps=config.steps, enabled=config.logging.progress)
+        log = Log(
+            config,
+            first,
+            console,
+            flops=token_flops(config),
+            peak=peak_flops(list(placement.mesh.devices.flat)),
+            writes=is_first(),
         )
-        stop = stack.enter_context(StopSignal())
-        clock = Clock()
+        stack.enter_context(log)
+        profile = stack.enter_context(Profile(config))
+        stop, agreement = stack.enter_context(StopSignal()), Agreement(placement.mesh)
 
         def report(step: int, metrics: Metrics, inspection: Metrics) -> None:
             values, seen = jax.device_get((metrics, inspection))
             values = {name: float(value) for name, value in (*values.items(), *seen.items())}
             check_finite(step, values, checkpoints)
-            timing = clock.tick(values["tokens"])
-            display.update(step, values["loss"], timing["tokens_per_second"])
-            if seen or due(step, config.logging.every, config.steps):
-                row = {"step": step, **values, **timing}
-                metrics_file.write(row)
-                wandb.log(row)
+            log.step(
+                step, values, write=bool(seen) or due(step, config.logging.every, config.steps)
+            )
 
         def save(step: int, state: TrainState) -> None:
             # A resumed run keeps the lines up to its checkpoint, so they must be there first.
-            metrics_file.sync()
+            log.sync()
             checkpoints.save(step, state, batches.get_state(), config)
 
-        step, pending = first, None
-        while step < config.steps and not stop.requested:
+        step, pending, stopping = first, None, agreement.stops(stop.requested)
+        while step < config.steps and not stopping:
             step += 1
             batch = placement.put_batch(next(batches))
+            profile.before(step)
             with jax.transfer_guard("disallow"):
                 state, metrics = train_step(state, batch)
                 inspected = due(step, config.logging.inspect_every, config.steps)
                 inspection = inspect(state, batch) if inspected else {}
+            profile.after(step, metrics)
             # The devices work on this step while the one before it is reported.
             if pending is not None:
                 report(*pending)
@@ -138,6 +143,7 @@ def train(
                 report(*pending)
                 pending = None
                 save(step, state)
+            stopping = agreement.stops(stop.requested)
         if pending is not None:
             report(*pending)
             save(step, state)
@@ -147,12 +153,13 @@ def train(
 
     if step < config.steps:
         console.print(
-            f"stopped by {stop.name} after step {step}; the checkpoint is saved, the same command "
-            "goes on from here"
+            f"stopped by {stop.name or 'a signal to another process'} after step {step}; the "
+            "checkpoint is saved, the same command goes on from here"
         )
         return Outcome(step, "interrupted")
-    curve = draw_loss_curve(config.run_dir)
-    console.print(f"finished step {step}; loss curve in {curve}")
+    if is_first():
+        curve = draw_loss_curve(config.run_dir)
+        console.print(f"finished step {step}; loss curve in {curve}")
     return Outcome(step, "finished")
 
 
@@ -189,7 +196,9 @@ def start_state(
     if checkpoints.latest is None:
         console.print(f"new run in {config.run_dir}")
         return make_state(config, placement), 0
-    restored = checkpoints.restore(shapes)
+    restored = checkpoints.restore_newest(
+        shapes, warn=lambda text: console.print(f"[yellow]warning:[/] {escape(text)}")
+    )
     with user_errors():
         batches.set_state(restored.input_state)
     console.print(f"resuming {config.run_dir} from step {restored.step} of {config.steps}")
@@ -221,8 +230,8 @@ def continued_state(config: RunConfig, placement: Placement) -> tuple[TrainState
     return (
         dataclasses.replace(
             fresh,
-            params=jax.device_put(params, placement.state.params),
-            state=jax.device_put(state, placement.state.state),
+            params=jax.device_put(jax.device_get(params), placement.state.params),
+            state=jax.device_put(jax.device_get(state), placement.state.state),
         ),
         origin,
     )
@@ -239,8 +248,8 @@ def frozen_arrays(config: RunConfig, state: TrainState) -> dict[str, list[Any]]:
     return arrays
 
 
-def open_input(config: RunConfig, *, resumes: bool) -> TrainIterator:
-    """Batches of the training split, encoded by the run's own tokenizer.
+def open_input(config: RunConfig, placement: Placement, *, resumes: bool) -> TrainIterator:
+    """This process's part of the batches of the training split, encoded by the run's tokenizer.
 
     Raises:
       UserError: if the corpus is missing, or does not fit the configuration.
@@ -251,10 +260,11 @@ def open_input(config: RunConfig, *, resumes: bool) -> TrainIterator:
             tokenizer = load_tokenizer(folder)
         elif config.init_from:
             tokenizer = inherited_tokenizer(config)
-            tokenizer.save(folder)
         else:
             tokenizer = make_tokenizer(config.data, config.tokenizer)
+        if is_first() and not (resumes and folder.is_dir()):
             tokenizer.save(folder)
+        share, parts = placement.row_share()
         return make_train_iterator(
             config.data,
             tokenizer,
@@ -262,6 +272,8 @@ def open_input(config: RunConfig, *, resumes: bool) -> TrainIterator:
             config.batch_size,
             config.model.alignment,
             config.seed,
+            process_index=share,
+            process_count=parts,
         )
 
 
@@ -306,7 +318,7 @@ def open_run_folder(config: RunConfig, *, resume_with_changes: bool) -> bool:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
         probe.write_bytes(b"")
-        probe.unlink()
+        probe.unlink(missing_ok=True)
     except OSError as error:
         raise RunFolderError(
             f"run folder {config.run_dir!r} cannot be written ({error.strerror or error}); "
@@ -316,6 +328,8 @@ def open_run_folder(config: RunConfig, *, resume_with_changes: bool) -> bool:
         begun = checkpoints.latest is not None
     if begun and (folder / CONFIG_FILE).exists():
         check_resumable(load_run_config(folder), config, allow_changes=resume_with_changes)
+    # Until every process has looked, none may write.
+    meet("opened the run folder")
     return begun
 
 
@@ -344,27 +358,6 @@ def check_finite(step: int, values: dict[str, float], checkpoints: Checkpoints) 
         "Try a lower --optimizer.learning-rate, a longer --optimizer.warmup-steps, or "
         "--optimizer.clip-norm 1"
     )
-
-
-class Clock:
-    """Seconds since training began in this process, and the speed of about the last ten steps."""
-
-    def __init__(self) -> None:
-        self._begun = self._last = time.monotonic()
-        self._steps = 0
-        self._tokens = self._seconds = 0.0
-
-    def tick(self, tokens: float) -> dict[str, float]:
-        """Timing fields of a step that worked on ``tokens`` tokens."""
-        now = time.monotonic()
-        seconds, self._last = now - self._last, now
-        self._steps += 1
-        # The first two steps wait for the compiler and are forgotten.
-        kept = 0.0 if self._steps <= 3 else 0.9
-        self._tokens = kept * self._tokens + tokens
-        self._seconds = kept * self._seconds + seconds
-        speed = self._tokens / max(self._seconds, 1e-9)
-        return {"seconds": now - self._begun, "tokens_per_second": speed}
 
 
 class StopSignal:

@@ -18,12 +18,20 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from train.config import RunConfig, UserError, flatten
+from train.flops import TokenFlops
 
 METRICS_FILE = "metrics.jsonl"
 LOSS_CURVE_FILE = "loss.png"
 
 # Keys of metrics.jsonl that depend on the clock; two equal runs agree in all others.
-TIMING_FIELDS = ("seconds", "tokens_per_second")
+TIMING_FIELDS = (
+    "seconds",
+    "tokens_per_second",
+    "teraflops_per_second",
+    "dense_equivalent_teraflops_per_second",
+    "mfu",
+    "dense_equivalent_mfu",
+)
 
 _PLAIN_INTERVAL = 15.0  # seconds between lines where there is no terminal to draw on
 
@@ -158,6 +166,98 @@ class Display:
                 f"{tokens_per_second:,.0f} tokens/s  eta {left:.0f} s",
                 highlight=False,
             )
+
+
+class Clock:
+    """Seconds since training began in this process, and the speed of about the last ten steps.
+
+    Args:
+      flops: of a token.
+      peak: FLOP/s of all devices together, None if it is not known.
+    """
+
+    def __init__(self, flops: TokenFlops, peak: float | None) -> None:
+        self._flops, self._peak = flops, peak
+        self._begun = self._last = time.monotonic()
+        self._steps = 0
+        self._tokens = self._seconds = 0.0
+
+    def tick(self, tokens: float) -> dict[str, float]:
+        """Timing fields of a step that worked on ``tokens`` tokens: :data:`TIMING_FIELDS`, the
+        model FLOPs utilisations where the peak is known.
+        """
+        now = time.monotonic()
+        seconds, self._last = now - self._last, now
+        self._steps += 1
+        # The first two steps wait for the compiler and are forgotten.
+        kept = 0.0 if self._steps <= 3 else 0.9
+        self._tokens = kept * self._tokens + tokens
+        self._seconds = kept * self._seconds + seconds
+        speed = self._tokens / max(self._seconds, 1e-9)
+        fields = {"seconds": now - self._begun, "tokens_per_second": speed}
+        kinds = (("", self._flops.executed), ("dense_equivalent_", self._flops.dense_equivalent))
+        for kind, flops in kinds:
+            fields[f"{kind}teraflops_per_second"] = speed * flops / 1e12
+            if self._peak:
+                fields[f"{kind}mfu"] = speed * flops / self._peak
+        return fields
+
+
+class Log:
+    """Everything a run tells while it trains, wherever it goes.
+
+    Args:
+      config: of the run.
+      first: finished steps at the start.
+      console: for the progress line.
+      flops: of a token, see :class:`Clock`.
+      peak: see :class:`Clock`.
+      writes: whether this process writes metrics.jsonl and reports to wandb.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        first: int,
+        console: Console,
+        *,
+        flops: TokenFlops,
+        peak: float | None,
+        writes: bool = True,
+    ) -> None:
+        self._clock = Clock(flops, peak)
+        self._file: MetricsFile | None = None
+        self._wandb: Wandb | None = None
+        with contextlib.ExitStack() as stack:
+            if writes:
+                self._file = MetricsFile(config.run_dir, first)
+                stack.callback(self._file.close)
+                self._wandb = Wandb(config)
+                stack.callback(self._wandb.close)
+            shown = config.logging.progress
+            self._display = Display(console, first=first, steps=config.steps, enabled=shown)
+            stack.enter_context(self._display)
+            self._stack = stack.pop_all()
+
+    def __enter__(self) -> Log:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
+
+    def step(self, step: int, values: dict[str, float], *, write: bool) -> None:
+        """Show that ``step`` is done; ``write``: its values get a line."""
+        timing = self._clock.tick(values["tokens"])
+        self._display.update(step, values["loss"], timing["tokens_per_second"])
+        if write and self._file and self._wandb:
+            row = {"step": step, **values, **timing}
+            self._file.write(row)
+            self._wandb.log(row)
+
+    def sync(self) -> None:
+        """See :meth:`MetricsFile.sync`."""
+        if self._file:
+            self._file.sync()
 
 
 class Wandb:

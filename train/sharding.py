@@ -10,7 +10,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -128,12 +128,53 @@ def abstract_with(shardings: Any, tree: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """The mesh with the shardings of a training state and of its batches."""
+    """The mesh with the shardings of a training state and of its batches of ``rows`` rows."""
 
     mesh: Mesh
     state: Any
     batch: NamedSharding
+    rows: int
+
+    def row_share(self) -> tuple[int, int]:
+        """Which part of a batch's rows this process reads: (index, number of parts).
+
+        Processes whose devices hold other tokens of the same rows read the same part.
+
+        Raises:
+          ValueError: if the devices of a process hold rows that are no such part.
+        """
+        rows = self.rows
+        places = self.batch.devices_indices_map((rows, self.mesh.shape["sequence"]))
+        spans: dict[int, tuple[int, int]] = {}
+        for device, index in places.items():
+            first, stop, _ = (index or (slice(None),))[0].indices(rows)
+            process = cast(Any, device).process_index
+            low, high = spans.get(process, (first, stop))
+            spans[process] = min(low, first), max(high, stop)
+        first, stop = spans[jax.process_index()]
+        if rows % (stop - first) or first % (stop - first):
+            raise ValueError(
+                f"the devices of process {jax.process_index()} hold rows {first} to {stop - 1} of "
+                f"{rows}, which is no equal share; choose mesh sizes so that whole processes "
+                "divide data*fsdp, or the other way round"
+            )
+        return first // (stop - first), rows // (stop - first)
 
     def put_batch(self, batch: dict[str, Any]) -> dict[str, jax.Array]:
-        """Host arrays [B, T] onto the devices."""
-        return jax.device_put(batch, dict.fromkeys(batch, self.batch))
+        """Host arrays [B, T] onto the devices; among several processes each has its
+        :meth:`row_share` of B rows.
+        """
+        if jax.process_count() == 1:
+            return jax.device_put(batch, dict.fromkeys(batch, self.batch))
+
+        share, parts = self.row_share()
+        first = share * (self.rows // parts)
+
+        def place(mine: Any) -> jax.Array:
+            def part(index: Any) -> Any:
+                start, stop, _ = index[0].indices(self.rows)
+                return mine[start - first : stop - first, index[1]]
+
+            return jax.make_array_from_callback((self.rows, mine.shape[1]), self.batch, part)
+
+        return {name: place(mine) for name, mine in batch.items()}

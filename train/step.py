@@ -55,19 +55,24 @@ def next_token_loss(
     weights: Float[Array, "B T"],
     *,
     chunk: int,
-) -> Float[Array, ""]:
-    """sum_bt weights_bt * -log softmax(logits(hidden_bt))[targets_bt], in at least float32.
+    z_loss: float = 0.0,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """sum_bt weights_bt * -log softmax(logits(hidden_bt))[targets_bt] and, apart, z_loss *
+    sum_bt weights_bt * logsumexp(logits_bt)^2 (PaLM's, which keeps logits from drifting), in at
+    least float32.
 
     At most about ``chunk`` tokens have their logits in memory at a time: longer inputs are worked
     through in pieces whose logits are computed again on the way back. Differentiable in ``hidden``
     and in what ``logits`` closes over.
     """
 
-    def piece(hidden: Array, targets: Array, weights: Array) -> Array:
+    def piece(hidden: Array, targets: Array, weights: Array) -> tuple[Array, Array]:
         scores = logits(hidden)
         scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
         picked = jnp.take_along_axis(scores, targets[..., None], axis=-1)[..., 0]
-        return jnp.sum(weights * (jax.nn.logsumexp(scores, axis=-1) - picked))
+        total = jax.nn.logsumexp(scores, axis=-1)
+        drift = jnp.sum(weights * total**2) if z_loss else jnp.zeros((), scores.dtype)
+        return jnp.sum(weights * (total - picked)), z_loss * drift
 
     B, T = targets.shape
     width = max(chunk // B, 1)
@@ -80,11 +85,14 @@ def next_token_loss(
         padded = jnp.pad(array, [(0, 0), (0, pad)] + [(0, 0)] * (array.ndim - 2))
         return jnp.moveaxis(padded.reshape(B, pieces, width, *array.shape[2:]), 1, 0)
 
-    def add(total: Array, inputs: tuple[Array, Array, Array]) -> tuple[Array, None]:
-        return total + jax.checkpoint(piece, prevent_cse=False)(*inputs), None
+    def add(
+        total: tuple[Array, Array], inputs: tuple[Array, Array, Array]
+    ) -> tuple[tuple[Array, Array], None]:
+        new = jax.checkpoint(piece, prevent_cse=False)(*inputs)
+        return (total[0] + new[0], total[1] + new[1]), None
 
     zero = jnp.zeros((), jnp.promote_types(hidden.dtype, jnp.float32))
-    return jax.lax.scan(add, zero, (cut(hidden), cut(targets), cut(weights)))[0]
+    return jax.lax.scan(add, (zero, zero), (cut(hidden), cut(targets), cut(weights)))[0]
 
 
 def trained(config: RunConfig, params: Tree) -> Tree:
@@ -170,7 +178,9 @@ def place_state(config: RunConfig, mesh: jax.sharding.Mesh) -> tuple[TrainState,
     """The state's shapes (``ShapeDtypeStruct`` with shardings) and where everything lives."""
     shapes = jax.eval_shape(lambda seed: initial_state(config, seed), jnp.uint32(0))
     shardings = tree_shardings(shapes, mesh)
-    return abstract_with(shardings, shapes), Placement(mesh, shardings, batch_sharding(mesh))
+    return abstract_with(shardings, shapes), Placement(
+        mesh, shardings, batch_sharding(mesh), config.batch_size
+    )
 
 
 def make_state(config: RunConfig, placement: Placement) -> TrainState:
@@ -191,7 +201,8 @@ def abstract_batch(config: RunConfig, placement: Placement) -> dict[str, jax.Sha
 def make_train_step(config: RunConfig, placement: Placement) -> jax.stages.Wrapped:
     """The compiled ``step(state, batch) -> state, metrics``; the old state's memory is reused.
 
-    loss = sum_bt w_bt nll_bt / sum_bt w_bt + mean over microbatches of the auxiliary loss. Metrics
+    loss = sum_bt w_bt (nll_bt + z_loss * logsumexp_bt^2) / sum_bt w_bt + mean over microbatches of
+    the mechanisms' auxiliary loss; all but the nll is reported as the auxiliary one. Metrics
     (float32 scalars): ``loss`` (without the auxiliary one), ``grad_norm`` (before clipping),
     ``learning_rate``, ``tokens``, and what the mechanisms report. With the objective "selector" the
     loss is the auxiliary one alone, of ``attend="fit"``, and nothing but the mechanisms'
@@ -223,15 +234,17 @@ def make_train_step(config: RunConfig, placement: Placement) -> jax.stages.Wrapp
         output = decoder.hidden(
             batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"]
         )
-        summed = next_token_loss(
+        summed, drift = next_token_loss(
             decoder.logits,
             output.hidden,
             batch["targets"],
             batch["weights"],
             chunk=config.loss_chunk,
+            z_loss=config.optimizer.z_loss,
         )
         aux = output.aux
-        loss, aux_loss = summed / tokens, aux.loss / config.microbatches
+        loss = summed / tokens
+        aux_loss = aux.loss / config.microbatches + drift / tokens
         metrics = {name: value / config.microbatches for name, value in aux.metrics.items()}
         return loss + aux_loss, (loss, aux_loss, metrics, aux.statistics)
 

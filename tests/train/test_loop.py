@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -33,7 +34,8 @@ def test_a_run_writes_its_folder(config):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     names = {"step", "loss", "aux_loss", "grad_norm", "learning_rate", "tokens"}
-    assert set(rows[0]) == names | {"seconds", "tokens_per_second"}
+    timing = {"seconds", "tokens_per_second", "teraflops_per_second"}
+    assert set(rows[0]) == names | timing | {"dense_equivalent_teraflops_per_second"}
     # A fresh model guesses evenly: ln 259 nats a token, as its small random logits allow.
     assert abs(rows[0]["loss"] - math.log(259)) < 1.0
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.5
@@ -222,3 +224,34 @@ def test_inspection_compares_selections_with_dense(config):
     assert "recall_top32" not in first
     assert 0 < second["recall_top32"] <= 1
     assert 0 < second["density"] <= 1
+
+
+def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_used(config):
+    run(config)
+    folder = Path(config.run_dir)
+    expected = without_timing(read_metrics(folder))
+    shutil.rmtree(folder / "checkpoints" / "6" / "state")
+    (folder / "checkpoints" / "6" / "state").mkdir()
+    outcome, said = run(config)
+    assert outcome.status == "finished"
+    text = " ".join(said.split())
+    assert f"checkpoint {folder / 'checkpoints' / '6'} is damaged" in text
+    assert (
+        f"going on from step 3, the damaged one is in {folder / 'damaged-checkpoints' / '6'}"
+        in text
+    )
+    assert (folder / "damaged-checkpoints" / "6").is_dir()
+    assert without_timing(read_metrics(folder)) == expected
+    assert "nothing left to train" in run(config)[1], "step 6 was saved again"
+
+
+def test_a_window_of_steps_is_profiled(config):
+    logging = dataclasses.replace(config.logging, profile=(2, 3))
+    run(dataclasses.replace(config, logging=logging))
+    assert list((Path(config.run_dir) / "profile").rglob("*.xplane.pb"))
+
+
+@pytest.mark.parametrize("window", [(0, 3), (3, 2), (-1, -1)])
+def test_a_window_that_is_none(config, window):
+    with pytest.raises(ValueError, match=r"profile=.*a first and a last step"):
+        dataclasses.replace(config.logging, profile=window)

@@ -73,7 +73,7 @@ def test_chunked_loss_is_the_whole_one(chunk, x64):
     weights = jnp.asarray(draw.integers(0, 2, (2, 7)).astype(np.float64))
 
     def loss(hidden, table, chunk):
-        return next_token_loss(lambda h: h @ table, hidden, targets, weights, chunk=chunk)
+        return next_token_loss(lambda h: h @ table, hidden, targets, weights, chunk=chunk)[0]
 
     scores = np.asarray(hidden @ table)
     p = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
@@ -83,13 +83,40 @@ def test_chunked_loss_is_the_whole_one(chunk, x64):
     close(grads, jax.grad(loss, argnums=(0, 1))(hidden, table, 10_000), 1e-12)
 
 
+def test_z_loss_is_the_squared_log_of_the_denominator(x64):
+    draw = np.random.default_rng(2)
+    scores = jnp.asarray(draw.normal(size=(2, 6, 11)))
+    targets = jnp.asarray(draw.integers(0, 11, (2, 6)))
+    weights = jnp.asarray(draw.integers(0, 2, (2, 6)).astype(np.float64))
+    nll, drift = next_token_loss(lambda s: s, scores, targets, weights, chunk=4, z_loss=0.1)
+    expected = 0.1 * (np.asarray(weights) * np.log(np.exp(scores).sum(-1)) ** 2).sum()
+    np.testing.assert_allclose(drift, expected, rtol=1e-12)
+    alone = next_token_loss(lambda s: s, scores, targets, weights, chunk=64)
+    np.testing.assert_allclose(nll, alone[0], rtol=1e-12)
+    assert alone[1] == 0
+
+
+def test_z_loss_is_part_of_the_auxiliary_loss_and_of_the_gradient(config, batch):
+    def metrics(z_loss):
+        optimizer = dataclasses.replace(config.optimizer, z_loss=z_loss)
+        changed = dataclasses.replace(config, optimizer=optimizer)
+        return one_step(changed, batch)[0][1]
+
+    without, with_it = metrics(0.0), metrics(1.0)
+    assert without["aux_loss"] == 0
+    # At the start logits are small, so that the denominator is about the vocabulary.
+    np.testing.assert_allclose(with_it["aux_loss"], np.log(V) ** 2, rtol=0.3)
+    assert with_it["loss"] == without["loss"]
+    assert with_it["grad_norm"] > 1.01 * without["grad_norm"]
+
+
 def test_chunks_bound_the_memory_of_logits():
     tokens, width, vocabulary = 512, 8, 8192
 
     def loss(hidden, table, chunk):
         ones = jnp.ones((1, tokens))
         targets = jnp.zeros((1, tokens), jnp.int32)
-        return next_token_loss(lambda h: h @ table, hidden, targets, ones, chunk=chunk)
+        return next_token_loss(lambda h: h @ table, hidden, targets, ones, chunk=chunk)[0]
 
     shapes = [
         jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1, tokens, width), (width, vocabulary))
