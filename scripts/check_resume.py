@@ -1,11 +1,12 @@
 """Kill a run with SIGKILL at random steps, start it again, and compare with an uninterrupted run.
 
     python scripts/check_resume.py --config configs/tiny.py --times 5
+    python scripts/check_resume.py --config configs/tiny.py --times 1 --kills 10
 
 Every trial trains in a folder of its own, is killed when a randomly drawn step appears in its
-metrics.jsonl, and is started again with the same command. Its metrics.jsonl must then equal the
-uninterrupted run's bit for bit, apart from the fields that tell the time. Arguments that are not
-listed here go to ``python -m train``.
+metrics.jsonl (``--kills``: so often), and is started again with the same command. Its metrics.jsonl
+must then equal the uninterrupted run's bit for bit, apart from the fields that tell the time.
+Arguments that are not listed here go to ``python -m train``.
 """
 
 from __future__ import annotations
@@ -35,11 +36,14 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--config", default="configs/tiny.py", help="the recipe")
     parser.add_argument("--times", type=int, default=5, help="trials")
+    parser.add_argument("--kills", type=int, default=1, help="in each trial")
     parser.add_argument("--seed", type=int, default=None, help="of the steps to kill at")
     parser.add_argument("--folder", type=Path, default=None, help="keep the runs here")
     options, overrides = parser.parse_known_args(arguments)
     if options.times < 1:
         parser.error(f"--times {options.times} must be at least 1")
+    if options.kills < 1:
+        parser.error(f"--kills {options.kills} must be at least 1")
     seed = random.SystemRandom().randrange(2**32) if options.seed is None else options.seed
     draw = random.Random(seed)
     # Orbax warns about every folder that it is asked to read without writing.
@@ -56,14 +60,17 @@ def main(arguments: list[str] | None = None) -> int:
         equal = 0
         for trial in range(1, options.times + 1):
             run_dir = folder / f"trial-{trial}"
-            reached, saved = kill(command, run_dir, at=draw.choice(steps[:-1]))
+            kills = [
+                kill(command, run_dir, at=at)
+                for at in sorted(draw.choices(steps[:-1], k=options.kills))
+            ]
             rows = finish(command, run_dir)
             same = json.dumps(rows) == json.dumps(expected)
             equal += same
             table.add_row(
                 str(trial),
-                str(reached),
-                str(saved or "start"),
+                ", ".join(str(reached) for reached, _ in kills),
+                ", ".join(str(saved or "start") for _, saved in kills),
                 str(len(rows)),
                 "yes" if same else "NO",
             )

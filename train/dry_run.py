@@ -11,6 +11,7 @@ from rich.table import Table
 
 from train.config import RunConfig, UserError
 from train.loop import plan
+from train.reporting import print_placement
 from train.step import abstract_batch, make_train_step
 
 
@@ -47,6 +48,7 @@ def dry_run(config: RunConfig, console: Console) -> dict[str, dict[str, Any]]:
         },
     }
     console.print(_table("parameters", result["parameters"], "{:,}".format))
+    print_placement(console, shapes.params)
     title = f"attended / causal pairs at T={config.sequence_length}, at most"
     console.print(_table(title, densities, "{:.1%}".format))
     title = f"a step of {config.batch_size} x {config.sequence_length} tokens, each device"

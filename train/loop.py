@@ -36,7 +36,7 @@ from train.distributed import Agreement, is_first, meet
 from train.flops import peak_flops, token_flops
 from train.optimizer import parameter_name
 from train.profiling import Profile
-from train.reporting import Log, draw_loss_curve, show_library_messages
+from train.reporting import Log, draw_loss_curve, print_placement, show_library_messages
 from train.sharding import Placement, check_divisible, make_mesh
 from train.step import (
     Metrics,
@@ -98,6 +98,8 @@ def train(
         )
         fixed = "" if learning == parameters else f", {learning:,} of them trained"
         console.print(f"{parameters:,} parameters{fixed}, {placement.mesh.size} device(s)")
+        if placement.mesh.size > 1:
+            print_placement(console, shapes.params)
         frozen = frozen_arrays(config, state)
 
         log = Log(

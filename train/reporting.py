@@ -15,10 +15,13 @@ from typing import Any, TextIO
 
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 from train.config import RunConfig, UserError, flatten
 from train.flops import TokenFlops
+from train.sharding import describe_placement
 
 METRICS_FILE = "metrics.jsonl"
 LOSS_CURVE_FILE = "loss.png"
@@ -295,6 +298,19 @@ class Wandb:
         """Finish sending."""
         if self._run:
             self._run.finish()
+
+
+def print_placement(console: Console, params: Any) -> None:
+    """The table of :func:`train.sharding.describe_placement`."""
+    table = Table(title="parameters, their mesh axes, and MiB on each device", title_justify="left")
+    for column in ("name", "arrays", "shape", "split over", "MiB"):
+        table.add_column(column, justify="right" if column in ("arrays", "MiB") else "left")
+    for group in describe_placement(params):
+        axes = ", ".join(axis or "-" for axis in group.axes)
+        sizes = ", ".join(map(str, group.shape))
+        size = f"{group.bytes_per_device / 2**20:,.2f}"
+        table.add_row(group.name, str(group.count), escape(f"[{sizes}]"), f"({axes})", size)
+    console.print(table)
 
 
 def draw_loss_curve(run_dir: str | Path) -> Path | None:

@@ -127,6 +127,39 @@ def abstract_with(shardings: Any, tree: Any) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
+class Placed:
+    """Parameters of one name, in all layers: ``count`` arrays of ``shape``, split by ``axes`` (mesh
+    axis or None for each), with ``bytes_per_device`` of all of them on every device.
+    """
+
+    name: str
+    count: int
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    bytes_per_device: int
+
+
+def describe_placement(params: Any) -> list[Placed]:
+    """What went where, largest first; layer numbers are left out of the names.
+
+    Args:
+      params: shapes or arrays that carry named shardings.
+    """
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name = re.sub(r"(^|/)[0-9]+(-[0-9]+)?/", r"\1*/", parameter_name(path))
+        spec = tuple(leaf.sharding.spec)
+        axes = (*spec, *(None,) * (leaf.ndim - len(spec)))
+        size = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        groups.setdefault((name, tuple(leaf.shape), axes), []).append(size)
+    placed = [
+        Placed(name, len(sizes), shape, axes, sum(sizes))
+        for (name, shape, axes), sizes in groups.items()
+    ]
+    return sorted(placed, key=lambda group: -group.bytes_per_device)
+
+
+@dataclasses.dataclass(frozen=True)
 class Placement:
     """The mesh with the shardings of a training state and of its batches of ``rows`` rows."""
 

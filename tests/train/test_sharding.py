@@ -1,6 +1,7 @@
 """train.sharding: mesh sizes, rules by parameter names, and agreement between device counts."""
 
 import dataclasses
+import io
 import json
 import os
 import subprocess
@@ -11,12 +12,21 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+from rich.console import Console
 
 from configs.tiny import config as tiny
 from models.transformer import abstract
 from train.config import MeshConfig, UserError
 from train.loop import plan
-from train.sharding import AXES, check_divisible, make_mesh, tree_shardings
+from train.reporting import print_placement
+from train.sharding import (
+    AXES,
+    abstract_with,
+    check_divisible,
+    describe_placement,
+    make_mesh,
+    tree_shardings,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -74,6 +84,27 @@ def test_rules_place_parameters_by_name():
     assert attention["k"].spec == PartitionSpec(None, None, "fsdp", "tensor", None)
     assert attention["o"].spec == PartitionSpec(None, "tensor", None, "fsdp")
     assert placed["final_norm"]["scale"].spec == PartitionSpec(None)
+
+
+def test_what_went_where_is_told_once_for_all_layers():
+    model = dataclasses.replace(tiny.model, vocab_size=260, kv_heads=2, scan_layers=False)
+    params, mesh = abstract(model)[1], abstract_mesh(fsdp=2, tensor=2)
+    params = abstract_with(tree_shardings(params, mesh), params)
+    placed = {group.name: group for group in describe_placement(params)}
+    up = placed["layers/*/mlp/up"]
+    assert (up.count, up.shape, up.axes) == (2, (16, 32), ("fsdp", "tensor"))
+    assert up.bytes_per_device == 2 * 16 * 32 * 4 / 4
+    norm = placed["final_norm/scale"]
+    assert (norm.axes, norm.bytes_per_device) == ((None,), 16 * 4)
+    sizes = [group.bytes_per_device for group in describe_placement(params)]
+    assert sizes == sorted(sizes, reverse=True)
+
+    console = Console(file=io.StringIO(), width=120)
+    print_placement(console, params)
+    row = next(line for line in console.file.getvalue().splitlines() if "mlp/up" in line)
+    assert [cell.strip() for cell in row.split("│")[1:-1]] == [
+        *("layers/*/mlp/up", "2", "[16, 32]", "(fsdp, tensor)", "0.00")
+    ]
 
 
 def test_the_first_matching_rule_wins_and_one_must_match():
