@@ -89,7 +89,9 @@ def test_python_version_is_the_oldest_supported():
     assert project()["requires-python"] == f">={oldest}"
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/benchmarks.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "CONTRIBUTING.md", "docs/benchmarks.md", "docs/training.md"]
+)
 def test_documents_name_real_commands(document):
     text = (ROOT / document).read_text()
     named = set(re.findall(r"\bmake ([a-z][a-z-]*)", "\n".join(code_of(text))))
