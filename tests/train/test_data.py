@@ -1,5 +1,6 @@
 """Batches: exact resume, equal shares, and held-out text that training never sees."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -64,6 +65,11 @@ def _assert_equal(one, two):
         np.testing.assert_array_equal(one[key], two[key], err_msg=key)
 
 
+def epochs(iterator):
+    (value,) = iterator.epochs.values()
+    return value
+
+
 def test_batches_have_the_stated_arrays(config, tokenizer):
     batch = next(_iterator(config, tokenizer))
     assert set(batch) == KEYS
@@ -82,14 +88,14 @@ def test_an_epoch_holds_every_training_token_once(config, tokenizer, prefetch):
     iterator = _iterator(changed, tokenizer, batch_size=1)
     for _ in range(2):
         rows = [next(iterator)]
-        while iterator.epoch % 1:
+        while epochs(iterator) % 1:
             rows.append(next(iterator))
         batch = {key: np.concatenate([row[key] for row in rows]) for key in KEYS}
         live = batch["weights"] > 0
         np.testing.assert_array_equal(
             np.sort(batch["tokens"][live]), np.sort(encoded.tokens[~last])
         )
-    assert iterator.epoch == 2.0
+    assert epochs(iterator) == 2.0
     iterator.close()
 
 
@@ -101,7 +107,7 @@ def test_resume_is_exact(config, tokenizer, prefetch):
     for _ in range(25):
         states.append(json.dumps(iterator.get_state()))
         batches.append(next(iterator))
-    assert iterator.epoch > 1
+    assert epochs(iterator) > 1
     for step in (0, 1, 7, 24):
         fresh = _iterator(config, tokenizer)
         next(fresh)
@@ -149,7 +155,7 @@ def test_processes_share_the_batch_of_one_process(config, tokenizer):
     assert parts[0].get_state() == parts[1].get_state() == whole.get_state()
     parts[1].set_state(whole.get_state())
     np.testing.assert_array_equal(next(parts[1])["tokens"], next(whole)["tokens"][B // 2 :])
-    assert parts[0].epoch == pytest.approx(_at(config, tokenizer, 12).epoch)
+    assert epochs(parts[0]) == pytest.approx(epochs(_at(config, tokenizer, 12)))
 
 
 def _at(config, tokenizer, step):
@@ -178,7 +184,7 @@ def test_held_out_text_is_never_trained_on(config, tokenizer):
     held_out = {split: set(splits[split]["name"]) for split in SPLITS}
     iterator = _iterator(config, tokenizer, batch_size=1)
     seen = set()
-    while iterator.epoch < 2:
+    while epochs(iterator) < 2:
         for row in next(iterator)["tokens"]:
             seen |= {int(line.split()[1]) for line in _lines(tokenizer.decode(row))}
     expected = {int(name[:2]) for name in held_out["train"]}
@@ -250,8 +256,100 @@ def test_evaluation_requests_that_make_no_sense(config, tokenizer):
     with pytest.raises(ValueError, match="max_tokens=2"):
         evaluation_documents(config, tokenizer, max_tokens=2)
     nothing = DataConfig(**{**vars(config), "evaluation_fraction": 0})
-    with pytest.raises(ValueError, match=r"'evaluation' of source=.* has no document"):
+    with pytest.raises(ValueError, match=r"'evaluation' of .*corpus.* has no document"):
         evaluation_documents(nothing, tokenizer)
+
+
+@pytest.fixture
+def mixed(config, tmp_path):
+    """A second source, and both in proportion 3 : 1."""
+    for i in range(40):
+        (tmp_path / f"{i}.txt").write_text(f"chapter {i} of another book " * (i % 5 + 3))
+    mixture = ((config.source, 3.0), (str(tmp_path), 1.0))
+    return dataclasses.replace(config, mixture=mixture)
+
+
+def test_rows_of_a_mixture_keep_to_its_weights(mixed, tokenizer):
+    (first, _), (second, _) = mixed.mixture
+    alone = {
+        name: _iterator(
+            dataclasses.replace(mixed, mixture=(), source=name), tokenizer, batch_size=1
+        )
+        for name in (first, second)
+    }
+    iterator = _iterator(mixed, tokenizer, batch_size=1)
+    order = []
+    for _ in range(40):
+        row = next(iterator)
+        expected = {
+            name: np.array_equal(peek(alone[name])["tokens"], row["tokens"]) for name in alone
+        }
+        assert sum(expected.values()) == 1
+        (source,) = (name for name, same in expected.items() if same)
+        next(alone[source])
+        order.append(source)
+    assert [order.count(name) for name in (first, second)] == [30, 10]
+    assert all(order[i : i + 4].count(second) == 1 for i in range(0, 40, 4))
+    for name, one in alone.items():
+        assert iterator.epochs[name] == pytest.approx(one.epochs[name])
+    assert set(iterator.packing) == {first, second}
+
+
+def only(config, source):
+    return dataclasses.replace(config, mixture=(), source=source)
+
+
+def peek(iterator):
+    """The next batch, which stays the next one."""
+    state = iterator.get_state()
+    batch = next(iterator)
+    iterator.set_state(state)
+    return batch
+
+
+def test_a_mixture_is_shared_and_resumed_like_one_source(mixed, tokenizer):
+    whole = _iterator(mixed, tokenizer)
+    parts = [_iterator(mixed, tokenizer, process_index=i, process_count=2) for i in (0, 1)]
+    for _ in range(7):
+        batch = next(whole)
+        shares = [next(part) for part in parts]
+        for key in KEYS:
+            np.testing.assert_array_equal(
+                np.concatenate([share[key] for share in shares]), batch[key]
+            )
+    fresh = _iterator(mixed, tokenizer)
+    fresh.set_state(json.loads(json.dumps(whole.get_state())))
+    _assert_equal(next(fresh), next(whole))
+    other = dataclasses.replace(mixed, mixture=tuple((name, 1.0) for name, _ in mixed.mixture))
+    with pytest.raises(ValueError, match="fingerprint"):
+        _iterator(other, tokenizer).set_state(whole.get_state())
+
+
+def test_held_out_text_of_a_mixture_is_that_of_all_sources(mixed):
+    joined = load_splits(mixed)
+    for split, documents in joined.items():
+        expected = [
+            f"{source}/{name}"
+            for source, _ in mixed.mixture
+            for name in load_splits(dataclasses.replace(mixed, mixture=(), source=source))[split][
+                "name"
+            ]
+        ]
+        assert documents["name"][:] == expected
+
+
+def test_a_text_in_two_sources_may_not_be_trained_on_and_held_out(config, tmp_path):
+    held_out = load_splits(config)["evaluation"]["text"][0]
+    for i in range(20):
+        (tmp_path / f"{i}.txt").write_text(f"text {i}")
+    # Training gets it, whatever its name's hash says.
+    wanted = dataclasses.replace(config, mixture=((config.source, 1.0), (str(tmp_path), 1.0)))
+    for i in range(20):
+        (tmp_path / f"copy{i}.txt").write_text(held_out if i == 3 else f"more {i}")
+    names = load_splits(only(wanted, str(tmp_path)))
+    assert "copy3.txt" in names["train"]["name"][:]
+    with pytest.raises(ValueError, match="the same document"):
+        load_splits(wanted)
 
 
 def test_validation_batches_hold_the_split_once(config, tokenizer):
@@ -316,6 +414,8 @@ def test_cache_folder_follows_config_and_environment(monkeypatch, tmp_path):
             "leave nothing to train on",
         ),
         ({"prefetch": -1}, "prefetch=-1"),
+        ({"mixture": (("a", 1.0), ("a", 2.0))}, "different sources"),
+        ({"mixture": (("a", 1.0), ("b", 0.0))}, "positive weights"),
         ({"length_bins": (64, 64)}, r"length_bins=\(64, 64\) must be positive and ascending"),
     ],
 )
