@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, Shaped
 
 from sparse_attn.documents import Rows
+from sparse_attn.shards import WHOLE, Shards
 
 FEW_ROWS = 16
 """Up to this many new tokens a call, what they select is read from the cache as it is (decode)."""
@@ -25,10 +26,15 @@ def write_rows(
     chunk: Shaped[Array, "B T *rest"],
     index: Int[Array, "B T"],
     keep: Bool[Array, "B T"],
+    shards: Shards = WHOLE,
 ) -> Shaped[Array, "B S *rest"]:
-    """``buffer[b, index[b, t]] = chunk[b, t]`` where ``keep``; everything else is left alone."""
+    """``buffer[b, index[b, t]] = chunk[b, t]`` where ``keep``; everything else is left alone.
+
+    ``shards`` may split the buffer, of which each device then writes the rows it holds.
+    """
     size = buffer.shape[1]
-    target = jnp.where(keep, index, size)
+    index, here = shards.own_slots(index, size)
+    target = jnp.where(keep & here, index, size)
     rows = jnp.broadcast_to(jnp.arange(buffer.shape[0])[:, None], target.shape)
     written = buffer.at[rows, target].set(chunk.astype(buffer.dtype), mode="drop")
     # Otherwise XLA fuses the write into every reader, each with a copy of the whole buffer.
@@ -52,11 +58,16 @@ def write_blocks(
     new_k: Shaped[Array, "B T K H"],
     new_v: Shaped[Array, "B T K Hv"],
     rows: Rows,
+    shards: Shards = WHOLE,
 ) -> tuple[Shaped[Array, "B K M H L"], Shaped[Array, "B K M L Hv"]]:
-    """Put the valid new tokens where they belong; everything else is left alone."""
+    """Put the valid new tokens where they belong; everything else is left alone.
+
+    ``shards`` may split the blocks, of which each device then writes those it holds.
+    """
     blocks, block = v.shape[2:4]
     sequence = jnp.broadcast_to(jnp.arange(k.shape[0])[:, None], rows.index.shape)
-    at = jnp.where(rows.valid, rows.index // block, blocks)
+    at, here = shards.own_slots(rows.index // block, blocks)
+    at = jnp.where(rows.valid & here, at, blocks)
     lane = rows.index % block
     k = k.at[sequence, :, at, :, lane].set(new_k.astype(k.dtype), mode="drop")
     v = v.at[sequence, :, at, lane].set(new_v.astype(v.dtype), mode="drop")

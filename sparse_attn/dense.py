@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.ranged import ranged_attention
 from sparse_attn.cache import check_capacity, checked_truncation, write_rows
-from sparse_attn.documents import place_rows
+from sparse_attn.documents import place_shard
+from sparse_attn.parallel.ranges import cached_range_attention, range_attention
 from sparse_attn.registry import MechanismConfig, register
+from sparse_attn.shards import Strategy
 from sparse_attn.types import Attend, Aux, Heads, HeadShape, Implementation
 
 
@@ -31,6 +32,12 @@ class Dense(MechanismConfig):
     def __post_init__(self) -> None:
         if self.window is not None and self.window < 1:
             raise ValueError(f"window={self.window} must be at least 1, or None for all tokens")
+
+    @property
+    def sequence_strategies(self) -> tuple[Strategy, ...]:
+        """A window needs its neighbours' keys only."""
+        every: tuple[Strategy, ...] = ("gather", "ring", "ulysses")
+        return every if self.window is None else ("halo", *every)
 
     def covering(self, length: int) -> Dense:
         """The variant that equals dense attention for documents up to ``length`` tokens."""
@@ -57,6 +64,12 @@ class DenseCache:
     length: Int[Array, " B"]
     k: Float[Array, "B S K H"]
     v: Float[Array, "B S K Hv"]
+    token_axes: ClassVar = {"k": 1, "v": 1}
+
+    @property
+    def capacity(self) -> int:
+        """S, the tokens a sequence can hold."""
+        return self.k.shape[1]
 
     def truncate(self, lengths: Int[Array, " B"]) -> DenseCache:
         """Forget the tokens after ``lengths``; any number can be undone."""
@@ -97,10 +110,10 @@ class DenseAttention(nnx.Module):
     ) -> tuple[Float[Array, "B T N Hv"], DenseCache | None, Aux]:
         """The mechanism contract; ``attend`` and ``inspect`` change nothing here."""
         del attend, inspect
-        batch, tokens = heads.q.shape[:2]
-        rows = place_rows(
-            batch,
-            tokens,
+        shards = heads.shards
+        rows, _ = place_shard(
+            shards,
+            *heads.q.shape[:2],
             length=None if cache is None else cache.length,
             positions=positions,
             segment_ids=segment_ids,
@@ -108,19 +121,25 @@ class DenseAttention(nnx.Module):
         q = heads.rope(heads.q, rows.positions)
         k = heads.rope(heads.k[0], rows.positions)
         v = heads.v[0]
-        if cache is not None:
-            check_capacity(cache.length, rows.appended, cache.k.shape[1])
-            cache = DenseCache(
-                length=cache.length + rows.appended,
-                k=write_rows(cache.k, k, rows.index, rows.valid),
-                v=write_rows(cache.v, v, rows.index, rows.valid),
+        window, implementation = self.config.window, self.config.implementation
+        start, stop = rows.start, rows.index + 1
+        if window is not None:
+            start = jnp.maximum(start, stop - window)
+        if cache is None:
+            out, _ = range_attention(
+                q, k, v, start, stop, shards=shards, window=window, implementation=implementation
             )
-            k, v = cache.k.astype(q.dtype), cache.v.astype(q.dtype)
-        start = rows.start
-        if self.config.window is not None:
-            start = jnp.maximum(start, rows.index - self.config.window + 1)
-        out, _ = ranged_attention(
-            q, k, v, start, rows.index + 1, implementation=self.config.implementation
+            return out, None, Aux.empty()
+        if not shards.cache_split:
+            check_capacity(cache.length, rows.appended, cache.capacity)
+        cache = DenseCache(
+            length=cache.length + rows.appended,
+            k=write_rows(cache.k, k, rows.index, rows.valid, shards),
+            v=write_rows(cache.v, v, rows.index, rows.valid, shards),
+        )
+        k, v = cache.k.astype(q.dtype), cache.v.astype(q.dtype)
+        out, _ = cached_range_attention(
+            q, k, v, start, stop, shards=shards, implementation=implementation
         )
         return out, cache, Aux.empty()
 

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
+from sparse_attn.shards import Shards
+
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
@@ -56,7 +58,7 @@ def place_rows(
     if segment_ids is None:
         valid = jnp.ones((batch, tokens), bool)
     else:
-        _check_segments(segment_ids, alignment, cached=length is not None)
+        check_segments(segment_ids, alignment, cached=length is not None)
         valid = segment_ids > 0
     if length is None:
         start = jnp.zeros_like(offsets) if segment_ids is None else _document_starts(segment_ids)
@@ -75,6 +77,39 @@ def place_rows(
     )
 
 
+def place_shard(
+    shards: Shards,
+    batch: int,
+    tokens: int,
+    *,
+    length: Int[Array, " B"] | None,
+    positions: Int[Array, "B T"] | None,
+    segment_ids: Int[Array, "B T"] | None,
+    alignment: int = 1,
+) -> tuple[Rows, Rows]:
+    """The rows that are here, as :func:`place_rows` has them, and those of the whole sequence.
+
+    The two are the same unless ``shards`` split the call's tokens; then ``tokens``, ``positions``
+    and ``segment_ids`` are of those here, and ids and positions are gathered.
+    """
+    positions, segment_ids = (
+        None if x is None else shards.gather(x) for x in (positions, segment_ids)
+    )
+    whole = place_rows(
+        batch,
+        shards.tokens(tokens),
+        length=length,
+        positions=positions,
+        segment_ids=segment_ids,
+        alignment=alignment,
+    )
+    if not shards.split:
+        return whole, whole
+    fields = ("index", "start", "positions", "valid")
+    here = {name: shards.mine(getattr(whole, name)) for name in fields}
+    return dataclasses.replace(whole, **here), whole
+
+
 def _document_starts(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
     """Index of the first token of every token's document."""
     batch, tokens = segment_ids.shape
@@ -85,7 +120,8 @@ def _document_starts(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
     return jax.lax.cummax(jnp.where(segment_ids != before, offsets, 0), axis=1)
 
 
-def _check_segments(segment_ids: Int[Array, "B T"], alignment: int, cached: bool) -> None:
+def check_segments(segment_ids: Int[Array, "B T"], alignment: int, cached: bool) -> None:
+    """Raise ``ValueError`` for documents that cannot be placed (where ids are concrete)."""
     if isinstance(segment_ids, jax.core.Tracer):
         return
     ids = np.asarray(segment_ids)

@@ -15,6 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
+from sparse_attn.shards import Strategy
 from sparse_attn.types import HeadShape
 
 MECHANISMS: dict[str, type[MechanismConfig]] = {}
@@ -43,6 +44,14 @@ class MechanismConfig:
     def causal(self) -> bool:
         """Whether no row ever depends on a later token; generation refuses others."""
         return True
+
+    @property
+    def sequence_strategies(self) -> tuple[Strategy, ...]:
+        """How the module works on a part of the sequence, best first; see ``docs/parallel.md``.
+
+        Without any, :mod:`sparse_attn.parallel` gathers the sequence on every device.
+        """
+        return ()
 
     @property
     def selector_parameters(self) -> tuple[str, ...] | None:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.common import AttentionOutput, Implementation, merge
+from sparse_attn.shards import WHOLE, Shards
 
 __all__ = [
     "Attend",
@@ -92,6 +93,8 @@ class Heads:
     """What the model hands to a mechanism: un-rotated projections and the way to rotate them.
 
     ``k`` and ``v`` carry a leading axis R of independent kv branches (``config.kv_branches``).
+    ``shards`` says which tokens of the sequence, or of the cache, are here; all of them unless
+    :mod:`sparse_attn.parallel` makes the call.
     """
 
     q: Float[Array, "B T N H"]
@@ -99,6 +102,7 @@ class Heads:
     v: Float[Array, "R B T K Hv"]
     x: Float[Array, "B T D"]
     rope: Rope
+    shards: Shards = WHOLE
 
 
 def no_rope(
