@@ -17,6 +17,7 @@ from kernels_pallas.ranged import ranged_attention
 from sparse_attn import metrics
 from sparse_attn.cache import FEW_ROWS
 from sparse_attn.documents import Rows
+from sparse_attn.shards import WHOLE, Shards
 from sparse_attn.types import HeadShape, Implementation, Selection
 
 
@@ -56,16 +57,23 @@ def all_blocks(rows: Rows, block: int, blocks: int) -> Int[Array, "B T 1 P"]:
 def attend_blocks(
     config: BlockConfig,
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K Hv"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K Hv"],
     indices: Int[Array, "B T J P"] | None,
     rows: Rows,
     cache: BlockCache | None = None,
+    shards: Shards = WHOLE,
 ) -> Float[Array, "B T N Hv"]:
-    """Attention to the listed blocks of the new keys, or of a cache; everything without lists."""
+    """Attention to the listed blocks of all keys, or of a cache; everything without lists."""
     if cache is not None:
         return attend_cached(
-            q, cache.k, cache.v, indices, rows, implementation=config.implementation
+            q,
+            cache.k,
+            cache.v,
+            indices,
+            rows,
+            shards=shards,
+            implementation=config.implementation,
         )
     return attend_sequences(
         q,
@@ -82,23 +90,28 @@ def inspect_blocks(
     config: Any,
     shape: HeadShape,
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K Hv"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K Hv"],
     indices: Int[Array, "B T J P"],
     rows: Rows,
     cache: BlockCache | None = None,
+    shards: Shards = WHOLE,
 ) -> tuple[dict[str, Float[Array, ""]], Selection]:
-    """What ``inspect=True`` reports of the lists, over the new keys or those of a cache."""
+    """What ``inspect=True`` reports of the lists, over all keys or those of a cache.
+
+    ``rows`` are those of the whole sequence; ``q`` and ``indices`` those of ``shards``.
+    """
     if cache is not None:
         k, v = (x.astype(q.dtype) for x in as_tokens(cache.k, cache.v))
-    selection = Selection(indices, config.selection_block)
-    return metrics.measure(q, k, v, selection, rows, config=config, shape=shape), selection
+    whole = Selection(shards.gather(indices), config.selection_block)
+    measured = metrics.measure(shards.gather(q), k, v, whole, rows, config=config, shape=shape)
+    return measured, Selection(indices, config.selection_block)
 
 
 def attend_sequences(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K Hv"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K Hv"],
     indices: Int[Array, "B T J P"] | None,
     rows: Rows,
     *,
@@ -128,10 +141,16 @@ def attend_cached(
     indices: Int[Array, "B T J P"] | None,
     rows: Rows,
     *,
+    shards: Shards = WHOLE,
     implementation: Implementation,
 ) -> Float[Array, "B T N Hv"]:
-    """:func:`attend_sequences` from a blocked cache that holds the rows' own tokens already."""
+    """:func:`attend_sequences` from a blocked cache that holds the rows' own tokens already.
+
+    ``shards`` may split the blocks: each device attends the listed ones that it holds.
+    """
     blocks, block = k.shape[2], k.shape[4]
+    if shards.cache_split:
+        return _attend_split(q, k, v, indices, rows, shards=shards, implementation=implementation)
     if q.shape[1] > FEW_ROWS:
         k, v = (x.astype(q.dtype) for x in as_tokens(k, v))
         return attend_sequences(q, k, v, indices, rows, block=block, implementation=implementation)
@@ -140,12 +159,51 @@ def attend_cached(
     return gather_blocks(q, k, v, indices, positions=rows.index, implementation=implementation).out
 
 
+def _attend_split(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B K M H L"],
+    v: Float[Array, "B K M L Hv"],
+    indices: Int[Array, "B T J P"] | None,
+    rows: Rows,
+    *,
+    shards: Shards,
+    implementation: Implementation,
+) -> Float[Array, "B T N Hv"]:
+    """The blocks that are here are attended here; what moves is a row's output, not its blocks."""
+    blocks, block = k.shape[2], k.shape[4]
+    positions = rows.index - shards.cache_first(blocks * block)
+    if indices is not None and q.shape[1] <= FEW_ROWS:
+        mine = shards.own_list(indices, blocks)
+        part = gather_blocks(q, k, v, mine, positions=positions, implementation=implementation)
+        return shards.merged(part).out
+    k, v = (x.astype(q.dtype) for x in as_tokens(k, v))
+    if indices is None:
+        stop = jnp.where(rows.valid, positions + 1, 0)
+        start = jnp.zeros_like(stop)
+        part = ranged_attention(q, k, v, start, stop, implementation=implementation)
+    else:
+        part = block_sparse_attention(
+            q,
+            k,
+            v,
+            shards.own_list(indices, blocks),
+            block_size=block,
+            positions=positions,
+            implementation=implementation,
+        )
+    return shards.merged(part).out
+
+
 def pick_tokens(
-    k: Float[Array, "B K M H L"], first: Int[Array, " B"], count: int
+    k: Float[Array, "B K M H L"], first: Int[Array, " B"], count: int, shards: Shards = WHOLE
 ) -> Float[Array, "B c K H"]:
     """Keys first .. first + count - 1 of every sequence, clipped to the cache."""
     blocks, block = k.shape[2], k.shape[4]
     token = first[:, None] + jnp.arange(count, dtype=jnp.int32)[None, :]
-    token = jnp.minimum(token, blocks * block - 1)
     sequence = jnp.broadcast_to(jnp.arange(k.shape[0])[:, None], token.shape)
-    return k[sequence, :, token // block, :, token % block]
+    if not shards.cache_split:
+        token = jnp.minimum(token, blocks * block - 1)
+        return k[sequence, :, token // block, :, token % block]
+    at, here = shards.own_slots(token // block, blocks)
+    found = k[sequence, :, jnp.clip(at, 0, blocks - 1), :, token % block]
+    return shards.cache_sum(jnp.where(jnp.asarray(here)[:, :, None, None], found, 0))

@@ -21,7 +21,7 @@ decoded one by one agree.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -33,10 +33,11 @@ from jaxtyping import Array, Float, Int
 from kernels_pallas.block_scores import Pooling, entry_lse, select_blocks
 from sparse_attn.block_lists import attend_blocks, inspect_blocks
 from sparse_attn.cache import check_capacity, checked_truncation, empty_blocks, write_blocks
-from sparse_attn.documents import Rows, place_rows
+from sparse_attn.documents import Rows, place_rows, place_shard
 from sparse_attn.pooled_keys import append_means, as_keys, empty_entries, mean_entries
 from sparse_attn.registry import MechanismConfig, register
 from sparse_attn.selecting import eligible_blocks, visible_entries
+from sparse_attn.shards import Shards, Strategy
 from sparse_attn.types import Attend, Aux, Heads, HeadShape, Implementation
 
 
@@ -139,6 +140,11 @@ class InfLLMV2(MechanismConfig):
         )
         return dataclasses.replace(overlaps, weights=(1.0,) * len(overlaps.weights), reducer="max")
 
+    @property
+    def sequence_strategies(self) -> tuple[Strategy, ...]:
+        """Keys and values are gathered."""
+        return ("gather",)
+
     def covering(self, length: int) -> InfLLMV2:
         """The variant that equals dense attention up to ``length``: all blocks."""
         blocks = max(-(-length // self.selection_block), self.initial_blocks + self.local_blocks)
@@ -196,6 +202,7 @@ class InfLLMV2Cache:
     fine: Float[Array, "B K H C"]
     coarse: Float[Array, "B K H C2"]
     capacity: int = dataclasses.field(metadata={"static": True})
+    token_axes: ClassVar = {"k": 2, "v": 2}
 
     def truncate(self, lengths: Int[Array, " B"]) -> InfLLMV2Cache:
         """Forget the tokens after ``lengths``; any number can be undone.
@@ -274,8 +281,10 @@ class InfLLMV2Attention(nnx.Module):
         config = self.config
         if cache is not None and attend == "fit":
             raise ValueError('attend="fit" trains a selector and works without a cache only')
+        shards = heads.shards
         batch, tokens = heads.q.shape[:2]
-        rows = place_rows(
+        rows, keys = place_shard(
+            shards,
             batch,
             tokens,
             length=None if cache is None else cache.length,
@@ -286,22 +295,27 @@ class InfLLMV2Attention(nnx.Module):
         q = heads.rope(heads.q, rows.positions)
         k, v = heads.rope(heads.k[0], rows.positions), heads.v[0]
         if cache is None:
-            fine, coarse = _entries(config, k, rows)
+            k, v = shards.gather(k), shards.gather(v)
+            fine, coarse = _entries(config, k, keys)
         else:
-            check_capacity(cache.length, rows.appended, cache.capacity)
-            cache = _append(config, cache, k, v, rows)
+            if not shards.cache_split:
+                check_capacity(cache.length, rows.appended, cache.capacity)
+            cache = _append(config, cache, k, v, rows, shards)
             fine, coarse = (as_keys(e).astype(q.dtype) for e in (cache.fine, cache.coarse))
         # A row holds at most as many tokens as there are keys.
-        room = tokens if cache is None else cache.capacity
+        room = k.shape[1] if cache is None else cache.capacity
         dense = attend != "sparse" or room < config.dense_len
         indices = None
         if inspect or not dense:
-            indices = choose_blocks(config, q, fine, coarse, rows, cached=cache is not None)
+            lengths = shards.mine(_switching_lengths(config, keys, cached=cache is not None))
+            indices = choose_blocks(config, q, fine, coarse, rows, lengths)
             indices = checkpoint_name(indices, "selection")
-        out = attend_blocks(config, q, k, v, None if dense else indices, rows, cache)
+        out = attend_blocks(config, q, k, v, None if dense else indices, rows, cache, shards)
         if indices is None or not inspect:
             return out, cache, Aux.empty()
-        measured, selection = inspect_blocks(config, self.shape, q, k, v, indices, rows, cache)
+        measured, selection = inspect_blocks(
+            config, self.shape, q, k, v, indices, keys, cache, shards
+        )
         return out, cache, dataclasses.replace(Aux.empty(), metrics=measured, selection=selection)
 
     def update_state(self, statistics: dict[str, Array]) -> None:
@@ -343,7 +357,8 @@ def infllm_v2_attention(
     )
     indices = None
     if q.shape[1] >= config.dense_len:
-        indices = choose_blocks(config, q, *_entries(config, k, rows), rows, cached=False)
+        lengths = _switching_lengths(config, rows, cached=False)
+        indices = choose_blocks(config, q, *_entries(config, k, rows), rows, lengths)
         indices = checkpoint_name(indices, "selection")
     return attend_blocks(config, q, k, v, indices, rows)
 
@@ -354,10 +369,12 @@ def choose_blocks(
     fine: Float[Array, "B C K H"],
     coarse: Float[Array, "B C2 K H"],
     rows: Rows,
-    *,
-    cached: bool,
+    lengths: Int[Array, "B T"],
 ) -> Int[Array, "B T K P"]:
-    """The block lists of all rows (stages 2 to 5); nothing is differentiable."""
+    """The block lists of all rows (stages 2 to 5); nothing is differentiable.
+
+    ``lengths`` are compared with ``dense_len``.
+    """
     q, fine, coarse = jax.lax.stop_gradient((q, fine, coarse))
     first, last = eligible_blocks(rows, config.selection_block)
     lse = None
@@ -375,7 +392,7 @@ def choose_blocks(
         initial=config.initial_blocks,
         recent=config.local_blocks,
         lse=lse,
-        budget=_row_budgets(config, rows, fine.shape[2], cached),
+        budget=_row_budgets(config, lengths, fine.shape[2]),
         implementation=config.implementation,
     )
 
@@ -404,13 +421,21 @@ def _append(
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K Hv"],
     rows: Rows,
+    shards: Shards,
 ) -> InfLLMV2Cache:
     """The cache with the new tokens, and with every entry that became due."""
-    keys, values = write_blocks(cache.k, cache.v, k, v, rows)
+    keys, values = write_blocks(cache.k, cache.v, k, v, rows, shards)
 
     def grown(entries: Array, block: int, stride: int) -> Array:
         return append_means(
-            entries, keys, cache.length, rows.appended, k.shape[1], block=block, stride=stride
+            entries,
+            keys,
+            cache.length,
+            rows.appended,
+            k.shape[1],
+            block=block,
+            stride=stride,
+            shards=shards,
         )
 
     coarse = cache.coarse
@@ -427,18 +452,21 @@ def _append(
 
 
 def _row_budgets(
-    config: InfLLMV2, rows: Rows, kv_heads: int, cached: bool
+    config: InfLLMV2, lengths: Int[Array, "B T"], kv_heads: int
 ) -> Int[Array, "B T K"] | None:
     """Blocks that each row may list: its head's budget, or all of them where it is dense."""
     if config.budgets == (config.slots,):
         return None
     budgets = jnp.asarray(config.budgets, jnp.int32)
-    budgets = jnp.broadcast_to(budgets[None, None, :], (*rows.index.shape, kv_heads))
+    budgets = jnp.broadcast_to(budgets[None, None, :], (*lengths.shape, kv_heads))
+    return jnp.where((lengths < config.dense_len)[:, :, None], config.slots, budgets)
+
+
+def _switching_lengths(config: InfLLMV2, rows: Rows, cached: bool) -> Int[Array, "B T"]:
+    """The length by which each row of whole sequences is dense or sparse."""
     if config.switch == "row":
-        length = rows.index - rows.start + 1
-    else:
-        length = _document_lengths(rows, cached)
-    return jnp.where((length < config.dense_len)[:, :, None], config.slots, budgets)
+        return rows.index - rows.start + 1
+    return _document_lengths(rows, cached)
 
 
 def _document_lengths(rows: Rows, cached: bool) -> Int[Array, "B T"]:

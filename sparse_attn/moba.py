@@ -14,7 +14,7 @@ The paper's configurations: B=512, k=3 in its scaling laws, 2048 and 3 at 32k, 4
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -31,10 +31,11 @@ from sparse_attn.block_lists import (
     inspect_blocks,
 )
 from sparse_attn.cache import check_capacity, checked_truncation, empty_blocks, write_blocks
-from sparse_attn.documents import Rows, place_rows
+from sparse_attn.documents import Rows, place_rows, place_shard
 from sparse_attn.pooled_keys import append_means, as_keys, empty_entries, mean_entries
 from sparse_attn.registry import MechanismConfig, register
 from sparse_attn.selecting import eligible_blocks
+from sparse_attn.shards import Shards, Strategy
 from sparse_attn.types import Attend, Aux, Heads, HeadShape, Implementation
 
 
@@ -61,6 +62,11 @@ class MoBA(MechanismConfig):
     def alignment(self) -> int:
         """Documents start at multiples of the selection block."""
         return self.selection_block
+
+    @property
+    def sequence_strategies(self) -> tuple[Strategy, ...]:
+        """Keys and values are gathered."""
+        return ("gather",)
 
     def covering(self, length: int) -> MoBA:
         """The variant that equals dense attention up to ``length``: all blocks."""
@@ -96,6 +102,7 @@ class MoBACache:
     v: Float[Array, "B K M L Hv"]
     means: Float[Array, "B K H C"]
     capacity: int = dataclasses.field(metadata={"static": True})
+    token_axes: ClassVar = {"k": 2, "v": 2}
 
     def truncate(self, lengths: Int[Array, " B"]) -> MoBACache:
         """Forget the tokens after ``lengths``; any number can be undone.
@@ -159,8 +166,10 @@ class MoBAAttention(nnx.Module):
         config = self.config
         if cache is not None and attend == "fit":
             raise ValueError('attend="fit" trains a selector and works without a cache only')
+        shards = heads.shards
         batch, tokens = heads.q.shape[:2]
-        rows = place_rows(
+        rows, keys = place_shard(
+            shards,
             batch,
             tokens,
             length=None if cache is None else cache.length,
@@ -171,19 +180,23 @@ class MoBAAttention(nnx.Module):
         q = heads.rope(heads.q, rows.positions)
         k, v = heads.rope(heads.k[0], rows.positions), heads.v[0]
         if cache is None:
-            means = _means(config, k, rows)
+            k, v = shards.gather(k), shards.gather(v)
+            means = _means(config, k, keys)
         else:
-            check_capacity(cache.length, rows.appended, cache.capacity)
-            cache = _append(config, cache, k, v, rows)
+            if not shards.cache_split:
+                check_capacity(cache.length, rows.appended, cache.capacity)
+            cache = _append(config, cache, k, v, rows, shards)
             means = as_keys(cache.means).astype(q.dtype)
         indices = None
         if inspect or attend == "sparse":
             indices = checkpoint_name(choose_blocks(config, q, means, rows), "selection")
         lists = indices if attend == "sparse" else None
-        out = attend_blocks(config, q, k, v, lists, rows, cache)
+        out = attend_blocks(config, q, k, v, lists, rows, cache, shards)
         if indices is None or not inspect:
             return out, cache, Aux.empty()
-        measured, selection = inspect_blocks(config, self.shape, q, k, v, indices, rows, cache)
+        measured, selection = inspect_blocks(
+            config, self.shape, q, k, v, indices, keys, cache, shards
+        )
         return out, cache, dataclasses.replace(Aux.empty(), metrics=measured, selection=selection)
 
     def update_state(self, statistics: dict[str, Array]) -> None:
@@ -264,12 +277,20 @@ def _append(
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K Hv"],
     rows: Rows,
+    shards: Shards,
 ) -> MoBACache:
     """The cache with the new tokens, and with the mean of every block they fill."""
     size, tokens = config.selection_block, k.shape[1]
-    keys, values = write_blocks(cache.k, cache.v, k, v, rows)
+    keys, values = write_blocks(cache.k, cache.v, k, v, rows, shards)
     means = append_means(
-        cache.means, keys, cache.length, rows.appended, tokens, block=size, stride=size
+        cache.means,
+        keys,
+        cache.length,
+        rows.appended,
+        tokens,
+        block=size,
+        stride=size,
+        shards=shards,
     )
     length = cache.length + rows.appended
     return dataclasses.replace(cache, length=length, k=keys, v=values, means=means)

@@ -30,7 +30,7 @@ from sparse_attn import metrics, selector_gradient
 from sparse_attn.block_lists import attend_cached
 from sparse_attn.cache import check_capacity
 from sparse_attn.compression import Compression, CompressionKind, entry_count, split_pieces
-from sparse_attn.documents import Rows, place_rows
+from sparse_attn.documents import Rows, place_shard
 from sparse_attn.nsa_branches import (
     compressed_branch,
     everything_branch,
@@ -46,6 +46,7 @@ from sparse_attn.nsa_cache import (
     empty_cache,
 )
 from sparse_attn.registry import MechanismConfig, register
+from sparse_attn.shards import Shards, Strategy
 from sparse_attn.types import Attend, Aux, Heads, HeadShape, Implementation, Selection
 
 SelectorGradient = Literal["through_output", "none", "kl", "straight_through"]
@@ -145,6 +146,11 @@ class NSA(MechanismConfig):
         return Pooling.geometric(
             self.compression_block, self.compression_stride, self.selection_block
         )
+
+    @property
+    def sequence_strategies(self) -> tuple[Strategy, ...]:
+        """Entries are made where their tokens are; windows take their neighbours' keys."""
+        return ("halo", "gather")
 
     def covering(self, length: int) -> NSA:
         """The variant that equals dense attention up to ``length``: all blocks, no other branch."""
@@ -283,8 +289,10 @@ class NSAAttention(nnx.Module):
             )
         if cache is not None and attend == "fit":
             raise ValueError('attend="fit" trains the selector and works without a cache only')
+        shards = heads.shards
         batch, tokens = heads.q.shape[:2]
-        rows = place_rows(
+        rows, keys = place_shard(
+            shards,
             batch,
             tokens,
             length=None if cache is None else cache.length,
@@ -306,28 +314,36 @@ class NSAAttention(nnx.Module):
             else (heads.rope(heads.k[win], rows.positions), heads.v[win])
         )
         if cache is None:
-            k_cmp, v_cmp = self._compress_all(*raw, rows, heads.rope)
-            window = window_branch(config, q, k_win, v_win, rows)
+            k_cmp, v_cmp = self._compress_all(*raw, rows, heads.rope, shards)
+            window = window_branch(config, q, k_win, v_win, rows, shards)
+            k_slc, v_slc = shards.gather(k_slc), shards.gather(v_slc)
         else:
-            check_capacity(cache.length, rows.appended, cache.capacity)
+            if not shards.cache_split:
+                check_capacity(cache.length, rows.appended, cache.capacity)
             before = cache
             cache = append_window(cache, k_win, v_win, rows)
             window = window_branch_cached(config, q, k_win, v_win, rows, before, cache)
-            cache = append_selected(cache, k_slc, v_slc, rows)
+            cache = append_selected(cache, k_slc, v_slc, rows, shards)
             cache = self._append_compressed(cache, *raw, rows, heads.rope)
             cache = dataclasses.replace(cache, length=cache.length + rows.appended)
             k_cmp, v_cmp = (entries.astype(q.dtype) for entries in cache.compressed)
-            if attend != "sparse" or inspect:
+            if inspect:
                 k_slc, v_slc = (x.astype(q.dtype) for x in cache.selected)
 
         scores = compressed_branch(config, q, k_cmp, v_cmp, rows)
         indices = checkpoint_name(scores.indices, "selection")
-        if attend != "sparse":
-            selected = everything_branch(config, q, k_slc, v_slc, rows).out
-        elif cache is not None:
+        if cache is not None:
             selected = attend_cached(
-                q, cache.k_slc, cache.v_slc, indices, rows, implementation=config.implementation
+                q,
+                cache.k_slc,
+                cache.v_slc,
+                indices if attend == "sparse" else None,
+                rows,
+                shards=shards,
+                implementation=config.implementation,
             )
+        elif attend != "sparse":
+            selected = everything_branch(config, q, k_slc, v_slc, rows).out
         else:
             branch = selected_branch(config, q, k_slc, v_slc, indices, rows)
             if config.selector_gradient == "straight_through":
@@ -339,20 +355,20 @@ class NSAAttention(nnx.Module):
 
         loss = jnp.zeros((), jnp.float32)
         if cache is None and (attend == "fit" or config.selector_gradient == "kl"):
-            detached = self._compress_all(*jax.lax.stop_gradient(raw), rows, heads.rope)[0]
+            detached = self._compress_all(*jax.lax.stop_gradient(raw), rows, heads.rope, shards)[0]
             loss = selector_gradient.pooled_kl(
-                jax.lax.stop_gradient(q), jax.lax.stop_gradient(k_slc), detached, rows, config
+                *jax.lax.stop_gradient((q, k_slc)), detached, keys, config, shards
             )
         measured: dict[str, Array] = {}
         selection = None
         if inspect:
             selection = Selection(indices, config.selection_block)
             measured = metrics.measure(
-                q,
+                shards.gather(q),
                 k_slc,
                 v_slc,
-                selection,
-                rows,
+                Selection(shards.gather(indices), config.selection_block),
+                keys,
                 config=config,
                 shape=self.shape,
                 window=config.window,
@@ -364,22 +380,35 @@ class NSAAttention(nnx.Module):
         del statistics
 
     def _compress_all(
-        self, raw_k: Array, raw_v: Array, rows: Rows, rope: Any
+        self, raw_k: Array, raw_v: Array, rows: Rows, rope: Any, shards: Shards
     ) -> tuple[Float[Array, "B C K H"], Float[Array, "B C K Hv"]]:
-        """Every entry of a whole sequence (at least one, so that shapes stay legal)."""
+        """Every entry of a whole sequence (at least one, so that shapes stay legal).
+
+        With "halo" every device makes the entries that begin with its tokens, and only entries are
+        gathered; the last ones of the sequence, which are not whole, are in nobody's range.
+        """
         config = self.config
         stride, block = config.compression_stride, config.compression_block
+        halo = shards.strategy == "halo"
+        if halo:
+            raw_k, raw_v = (
+                jnp.concatenate([x, shards.after(x, block - stride)], axis=1)
+                for x in (raw_k, raw_v)
+            )
+        else:
+            raw_k, raw_v = shards.gather(raw_k), shards.gather(raw_v)
+        at = rows.positions if halo else shards.gather(rows.positions)
         entries = max(1, entry_count(raw_k.shape[1], block, stride))
 
         def split(x: Array) -> Array:
             return split_pieces(x, block, stride)
 
-        positions = split(rows.positions)[:, :, 0]
         if config.mode == "mean_pool":
-            k_cmp = self.compress_k(split(rope(raw_k, rows.positions)))
+            k_cmp = self.compress_k(split(rope(raw_k, at)))
         else:
-            k_cmp = rope(self.compress_k(split(raw_k)), positions[:, :entries])
-        return k_cmp, self.compress_v(split(raw_v))
+            k_cmp = rope(self.compress_k(split(raw_k)), split(at)[:, :, 0][:, :entries])
+        v_cmp = self.compress_v(split(raw_v))
+        return (shards.gather(k_cmp), shards.gather(v_cmp)) if halo else (k_cmp, v_cmp)
 
     def _append_compressed(
         self, cache: NSACache, raw_k: Array, raw_v: Array, rows: Rows, rope: Any

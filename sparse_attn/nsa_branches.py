@@ -13,7 +13,9 @@ from kernels_pallas.block_sparse import block_sparse_attention
 from kernels_pallas.ranged import ranged_attention
 from sparse_attn.cache import read_ring, window_slots
 from sparse_attn.documents import Rows
+from sparse_attn.parallel.ranges import range_attention
 from sparse_attn.selecting import eligible_blocks, visible_entries
+from sparse_attn.shards import WHOLE, Shards
 from sparse_attn.types import AttentionOutput, merge
 
 if TYPE_CHECKING:
@@ -88,10 +90,20 @@ def window_branch(
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K Hv"],
     rows: Rows,
+    shards: Shards = WHOLE,
 ) -> AttentionOutput:
-    """o_win over keys that start at token 0: exactly the last w tokens, the row's own included."""
+    """o_win of whole sequences: exactly the last w tokens, the row's own included."""
     start = jnp.maximum(rows.start, rows.index - config.window + 1)
-    return ranged_attention(q, k, v, start, rows.index + 1, implementation=config.implementation)
+    return range_attention(
+        q,
+        k,
+        v,
+        start,
+        rows.index + 1,
+        shards=shards,
+        window=config.window,
+        implementation=config.implementation,
+    )
 
 
 def window_branch_cached(

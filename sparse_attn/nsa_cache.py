@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from sparse_attn.cache import (
 )
 from sparse_attn.compression import entry_count
 from sparse_attn.documents import Rows
+from sparse_attn.shards import WHOLE, Shards
 from sparse_attn.types import HeadShape, Rope
 
 ENTRY_MULTIPLE = 64
@@ -50,6 +51,7 @@ class NSACache:
     tail_positions: Int[Array, "B Rt"]
     capacity: int = dataclasses.field(metadata={"static": True})
     rollback: int = dataclasses.field(metadata={"static": True})
+    token_axes: ClassVar = {"k_slc": 2, "v_slc": 2}
 
     @property
     def selected(self) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K Hv"]]:
@@ -127,9 +129,11 @@ def empty_cache(
     )
 
 
-def append_selected(cache: NSACache, k: Array, v: Array, rows: Rows) -> NSACache:
+def append_selected(
+    cache: NSACache, k: Array, v: Array, rows: Rows, shards: Shards = WHOLE
+) -> NSACache:
     """Write the new tokens' keys and values for the selected branch."""
-    k_slc, v_slc = write_blocks(cache.k_slc, cache.v_slc, k, v, rows)
+    k_slc, v_slc = write_blocks(cache.k_slc, cache.v_slc, k, v, rows, shards)
     return dataclasses.replace(cache, k_slc=k_slc, v_slc=v_slc)
 
 

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from kernels_pallas.common import accumulation_dtype
 from sparse_attn.block_lists import pick_tokens
 from sparse_attn.compression import entry_count, split_pieces
+from sparse_attn.shards import WHOLE, Shards
 
 ENTRY_MULTIPLE = 64
 """Capacities are rounded up to it: odd row lengths cost vector code its alignment."""
@@ -101,11 +102,15 @@ def append_means(
     *,
     block: int,
     stride: int,
+    shards: Shards = WHOLE,
 ) -> Float[Array, "B K H C"]:
-    """:func:`append_entries` with means of ``keys``, a cache that holds the new tokens already."""
+    """:func:`append_entries` with means of ``keys``, a cache that holds the new tokens already.
+
+    Its blocks may be split by ``shards``; every device then makes the same entries.
+    """
 
     def pool(first: Array, count: int) -> Array:
-        got = pick_tokens(keys, first * stride, (count - 1) * stride + block)
+        got = pick_tokens(keys, first * stride, (count - 1) * stride + block, shards)
         return _mean_of_pieces(got.reshape(got.shape[0], -1, stride, *got.shape[2:]), block)
 
     return append_entries(entries, length, appended, tokens, pool, block=block, stride=stride)

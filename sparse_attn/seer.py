@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -43,10 +43,11 @@ from sparse_attn.cache import (
     write_ring,
 )
 from sparse_attn.compression import split_pieces
-from sparse_attn.documents import Rows, place_rows
+from sparse_attn.documents import Rows, place_shard
 from sparse_attn.pooled_keys import append_entries, as_keys, empty_entries
 from sparse_attn.registry import MechanismConfig, register
 from sparse_attn.selecting import eligible_blocks
+from sparse_attn.shards import WHOLE, Shards, Strategy
 from sparse_attn.types import Attend, Aux, Heads, HeadShape, Implementation, Rope
 
 
@@ -102,6 +103,11 @@ class Seer(MechanismConfig):
         assert self.threshold is not None
         return 1 + math.floor(1 / self.threshold + 1e-6)
 
+    @property
+    def sequence_strategies(self) -> tuple[Strategy, ...]:
+        """Keys, values and the gate's keys of blocks are gathered."""
+        return ("gather",)
+
     def covering(self, length: int) -> Seer:
         """The variant that equals dense attention up to ``length``: all blocks."""
         blocks = max(1, -(-length // self.selection_block))
@@ -151,6 +157,7 @@ class SeerCache:
     tail_positions: Int[Array, "B Rt"]
     capacity: int = dataclasses.field(metadata={"static": True})
     rollback: int = dataclasses.field(metadata={"static": True})
+    token_axes: ClassVar = {"k": 2, "v": 2}
 
     def truncate(self, lengths: Int[Array, " B"]) -> SeerCache:
         """Forget the tokens after ``lengths``, at most ``rollback`` of them per sequence.
@@ -239,8 +246,10 @@ class SeerAttention(nnx.Module):
         config = self.config
         if cache is not None and attend == "fit":
             raise ValueError('attend="fit" trains the gate and works without a cache only')
+        shards = heads.shards
         batch, tokens = heads.q.shape[:2]
-        rows = place_rows(
+        rows, keys = place_shard(
+            shards,
             batch,
             tokens,
             length=None if cache is None else cache.length,
@@ -256,23 +265,28 @@ class SeerAttention(nnx.Module):
         gate_q = heads.rope(self.gate.queries(raw_q), rows.positions)
         loss = jnp.zeros((), jnp.float32)
         if cache is None:
-            gate_k = self._gate_keys(raw_k, rows, heads.rope)
+            k, v = shards.gather(k), shards.gather(v)
+            gate_k = shards.gather(self._gate_keys(raw_k, rows, heads.rope))
             if attend == "fit" or (attend == "sparse" and config.joint):
-                loss = gate_loss(config, *jax.lax.stop_gradient((q, k)), gate_q, gate_k, rows)
+                detached = jax.lax.stop_gradient((q, k))
+                loss = gate_loss(config, *detached, gate_q, gate_k, keys, shards)
         else:
-            check_capacity(cache.length, rows.appended, cache.capacity)
-            cache = self._append(cache, k, v, raw_k, rows, heads.rope)
+            if not shards.cache_split:
+                check_capacity(cache.length, rows.appended, cache.capacity)
+            cache = self._append(cache, k, v, raw_k, rows, heads.rope, shards)
             gate_k = as_keys(cache.gate_keys).astype(q.dtype)
         indices = None
         if inspect or attend == "sparse":
-            room = tokens if cache is None else cache.capacity
+            room = k.shape[1] if cache is None else cache.capacity
             indices = choose_blocks(config, gate_q, gate_k, rows, keys=room)
             indices = checkpoint_name(indices, "selection")
         lists = indices if attend == "sparse" else None
-        out = attend_blocks(config, q, k, v, lists, rows, cache)
+        out = attend_blocks(config, q, k, v, lists, rows, cache, shards)
         if indices is None or not inspect:
             return out, cache, Aux(loss=loss)
-        measured, selection = inspect_blocks(config, self.shape, q, k, v, indices, rows, cache)
+        measured, selection = inspect_blocks(
+            config, self.shape, q, k, v, indices, keys, cache, shards
+        )
         return out, cache, Aux(loss=loss, metrics=measured, selection=selection)
 
     def update_state(self, statistics: dict[str, Array]) -> None:
@@ -295,6 +309,7 @@ class SeerAttention(nnx.Module):
         raw_k: Float[Array, "B T K H"],
         rows: Rows,
         rope: Rope,
+        shards: Shards,
     ) -> SeerCache:
         """The cache with the new tokens, and with the gate key of every block they fill."""
         length, size, tail = cache.length, self.config.selection_block, cache.tail.shape[1]
@@ -313,7 +328,7 @@ class SeerAttention(nnx.Module):
             at = gather(cache.tail_positions, rows.positions)[:, :, 0]
             return rope(self.gate.keys(gather(cache.tail, raw_k)), at)
 
-        keys, values = write_blocks(cache.k, cache.v, k, v, rows)
+        keys, values = write_blocks(cache.k, cache.v, k, v, rows, shards)
         return dataclasses.replace(
             cache,
             length=length + rows.appended,
@@ -351,21 +366,23 @@ def choose_blocks(
 def gate_loss(
     config: Seer,
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
+    k: Float[Array, "B S K H"],
     gate_q: Float[Array, "B T K H"],
     gate_k: Float[Array, "B C K H"],
     rows: Rows,
+    shards: Shards = WHOLE,
 ) -> Float[Array, ""]:
     """KL(target || gate), float32 mean over sampled rows with earlier blocks, and over kv heads.
 
     Differentiable in ``gate_q`` and ``gate_k``; the caller detaches ``q`` and ``k``. Rows of the
     document's first block have nothing to choose and are left out. O(fit_rows * T * N) memory.
+    ``rows`` are those of the whole sequence, ``shards`` may hold a part of the queries.
     """
     size, blocks, width = config.selection_block, gate_k.shape[1], gate_k.shape[3]
-    sampled = metrics.sample_rows(q.shape[1], config.fit_rows)
+    sampled = metrics.sample_rows(k.shape[1], config.fit_rows)
     first, stop = (edge[:, sampled] for edge in earlier_blocks(rows, size))
     p = metrics.dense_probabilities(
-        q[:, sampled], k, rows.start[:, sampled], rows.index[:, sampled]
+        shards.take(q, sampled), k, rows.start[:, sampled], rows.index[:, sampled]
     )
     p = jnp.max(p, axis=3)  # [B, r, K, S]; a maximum over both axes, whichever is first
     p = jnp.pad(p, [(0, 0)] * 3 + [(0, max(0, blocks * size - p.shape[3]))])[..., : blocks * size]
@@ -377,7 +394,7 @@ def gate_loss(
     target = p / jnp.where(total > 0, total, 1.0)
 
     dtype = accumulation_dtype(gate_q.dtype)
-    gate_q = gate_q[:, sampled].astype(dtype)
+    gate_q = shards.take(gate_q, sampled).astype(dtype)
     logits = jnp.einsum("BrKH,BCKH->BrKC", gate_q, gate_k.astype(dtype)) * width**-0.5
     lowest = jnp.finfo(dtype).min / 2
     log_gate = jax.nn.log_softmax(jnp.where(earlier, logits, lowest), axis=-1)
@@ -385,5 +402,5 @@ def gate_loss(
     terms = target * (jnp.log(jnp.where(asked, target, 1.0)) - jnp.where(asked, log_gate, 0.0))
     usable = total[..., 0] > 0
     divergence = jnp.where(usable, jnp.sum(terms, axis=-1), 0.0)
-    count = jnp.maximum(jnp.sum(usable), 1)
-    return (jnp.sum(divergence) / count).astype(jnp.float32)
+    total, count = shards.batch_total((jnp.sum(divergence), jnp.sum(usable)))
+    return (total / jnp.maximum(count, 1)).astype(jnp.float32)

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 from sparse_attn.documents import Rows
 from sparse_attn.metrics import dense_probabilities, sample_rows
 from sparse_attn.selecting import pool_entries, visible_entries
+from sparse_attn.shards import WHOLE, Shards
 from sparse_attn.types import AttentionOutput
 
 if TYPE_CHECKING:
@@ -26,25 +27,27 @@ STRAIGHT_THROUGH_ROWS = 32
 
 def pooled_kl(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
+    k: Float[Array, "B S K H"],
     k_cmp: Float[Array, "B C K H"],
     rows: Rows,
     config: NSA,
+    shards: Shards = WHOLE,
 ) -> Float[Array, ""]:
     """KL(dense attention pooled into blocks || block importance), mean over sampled rows.
 
     Both sides are summed over the heads of a group and normalised over blocks. Rows that see no
     compressed entry yet are left out. Gradient goes where the inputs are not detached: the caller
-    detaches ``q`` and ``k``, so that only phi_K learns.
+    detaches ``q`` and ``k``, so that only phi_K learns. ``rows`` are those of the whole sequence,
+    of which ``shards`` may hold a part of ``q``.
     """
-    B, T, N, _ = q.shape
-    K = k_cmp.shape[2]
+    B, S, K, _ = k.shape
+    N = q.shape[2]
     size = config.selection_block
-    blocks = -(-T // size)
-    sampled = sample_rows(T, KL_ROWS)
-    q, start, index = q[:, sampled], rows.start[:, sampled], rows.index[:, sampled]
+    blocks = -(-S // size)
+    sampled = sample_rows(S, KL_ROWS)
+    q, start, index = shards.take(q, sampled), rows.start[:, sampled], rows.index[:, sampled]
     target = jnp.sum(dense_probabilities(q, k, start, index), axis=3)
-    target = jnp.pad(target, ((0, 0), (0, 0), (0, 0), (0, blocks * size - T)))
+    target = jnp.pad(target, ((0, 0), (0, 0), (0, 0), (0, blocks * size - S)))
     target = jnp.sum(target.reshape(B, -1, K, blocks, size), axis=-1) / (N // K)
 
     first, stop = visible_entries(rows, config.compression_block, config.compression_stride)
@@ -62,8 +65,10 @@ def pooled_kl(
     target = target / jnp.where(mass > 0, mass, 1.0)
     terms = target * (jnp.log(target + tiny) - jnp.log(jnp.where(ranked, share, 1.0) + tiny))
     divergence = jnp.sum(jnp.where(ranked, terms, 0.0), axis=-1)
-    count = jnp.maximum(jnp.sum(usable), 1)
-    return (jnp.sum(jnp.where(usable, divergence, 0.0)) / count).astype(jnp.float32)
+    total, count = shards.batch_total(
+        (jnp.sum(jnp.where(usable, divergence, 0.0)), jnp.sum(usable))
+    )
+    return (total / jnp.maximum(count, 1)).astype(jnp.float32)
 
 
 def straight_through(

@@ -22,7 +22,7 @@ Strategy = Literal["gather", "halo", "ring", "ulysses", "replicate"]
 """How a sequence that is split over devices is attended; see ``docs/parallel.md``."""
 
 Order = Literal["natural", "zigzag"]
-"""``"zigzag"``: of 2 P chunks, device i holds chunks i and 2 P - 1 - i, which balances causality."""
+"""``"zigzag"``: device i of P holds chunks i and 2 P - 1 - i of 2 P, which balances causality."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -113,9 +113,8 @@ def call(
     """
     config, count = mechanism.config, parallel.count
     batch, tokens = heads.q.shape[:2]
-    if segment_ids is not None:
-        if parallel.order == "natural":
-            check_segments(segment_ids, config.alignment, cached=cache is not None)
+    if segment_ids is not None and parallel.order == "natural":
+        check_segments(segment_ids, config.alignment, cached=cache is not None)
     # What inspection reports are means over the batch, which every device then computes.
     rows = () if inspect else parallel.batch_axes
     parts = 1 if inspect else parallel.batch_parts
@@ -210,9 +209,7 @@ def _replicated(
     return shards.mine(out), None, aux
 
 
-def cache_specs(
-    cache: Any, parallel: SequenceParallel, rows: tuple[str, ...] | None = None
-) -> Any:
+def cache_specs(cache: Any, parallel: SequenceParallel, rows: tuple[str, ...] | None = None) -> Any:
     """Where every array of a cache lies: its keys and values split, all else whole.
 
     Raises:

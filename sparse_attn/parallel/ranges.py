@@ -32,7 +32,7 @@ def range_attention(
     """:func:`kernels_pallas.ranged.ranged_attention` by the strategy of ``shards``.
 
     ``window``: no row reaches back over more keys than this, its own included; what "halo" needs.
-    Differentiable in q, k and v ("ring" and "ulysses" through ``out`` only).
+    Differentiable in q, k and v, through ``out`` and through ``lse``.
 
     Raises:
       ValueError: if "ulysses" cannot split the heads.
@@ -66,7 +66,14 @@ def cached_range_attention(
 
 
 def _near(
-    shards: Shards, attend: Any, q: Array, k: Array, v: Array, start: Array, stop: Array, window: int
+    shards: Shards,
+    attend: Any,
+    q: Array,
+    k: Array,
+    v: Array,
+    start: Array,
+    stop: Array,
+    window: int,
 ) -> AttentionOutput:
     """Keys of this device and the window - 1 before them; nothing else moves."""
     tokens = q.shape[1]
