@@ -23,7 +23,7 @@ reach it. Both are means over ``fit_rows`` evenly spaced rows.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -32,12 +32,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kernels_pallas.common import accumulation_dtype
 from kernels_pallas.gather_decode import gather_decode
-from kernels_pallas.ranged import ranged_attention
 from sparse_attn import metrics
 from sparse_attn.cache import FEW_ROWS, check_capacity, checked_truncation, write_rows
-from sparse_attn.documents import Rows, place_rows
+from sparse_attn.documents import Rows, place_rows, place_shard
 from sparse_attn.masked import map_rows, masked_attention, rows_per_chunk
+from sparse_attn.parallel.ranges import cached_range_attention
 from sparse_attn.registry import MechanismConfig, register
+from sparse_attn.shards import WHOLE, Shards, Strategy
 from sparse_attn.top_keys import heaviest, listed
 from sparse_attn.types import (
     Attend,
@@ -90,6 +91,11 @@ class DSA(MechanismConfig):
         """How many leading index dims turn."""
         return self.index_width // 4 * 2 if self.index_rotary is None else self.index_rotary
 
+    @property
+    def sequence_strategies(self) -> tuple[Strategy, ...]:
+        """Keys, values and index keys are gathered."""
+        return ("gather",)
+
     def covering(self, length: int) -> DSA:
         """The variant that equals dense attention: every token of the past is selected."""
         return dataclasses.replace(self, selected_tokens=max(length, 1))
@@ -137,6 +143,7 @@ class DSACache:
     k: Float[Array, "B S K H"]
     v: Float[Array, "B S K Hv"]
     index_k: Float[Array, "B S d"]
+    token_axes: ClassVar = {"k": 1, "v": 1}
 
     @property
     def capacity(self) -> int:
@@ -261,20 +268,22 @@ def indexer_kl(
     k: Float[Array, "B S K H"],
     rows: IndexRows,
     index_k: Float[Array, "B S d"],
-    valid: Bool[Array, "B T"],
+    valid: Bool[Array, "B S"],
     config: DSA,
     *,
     selected: bool,
+    shards: Shards = WHOLE,
 ) -> Float[Array, ""]:
     """Mean over ``fit_rows`` rows of KL(p || softmax_s I), p the attention summed over heads.
 
     Over all visible keys, or over the ``selected`` ones with both sides normalised there.
-    Differentiable in the indexer's arrays only.
+    Differentiable in the indexer's arrays only. ``valid`` is of the whole sequence, of which
+    ``shards`` may hold a part of ``q`` and ``rows``.
     """
     q, k = jax.lax.stop_gradient((q, k))
-    sampled = metrics.sample_rows(q.shape[1], config.fit_rows)
-    q, valid = q[:, sampled], valid[:, sampled]
-    rows = jax.tree.map(lambda a: a[:, sampled], rows)
+    sampled = metrics.sample_rows(k.shape[1], config.fit_rows)
+    q, valid = shards.take(q, sampled), valid[:, sampled]
+    rows = jax.tree.map(lambda a: shards.take(a, sampled), rows)
 
     def divergence(inputs: tuple[Array, IndexRows]) -> Float[Array, "B c"]:
         q, rows = inputs
@@ -297,8 +306,8 @@ def indexer_kl(
 
     per_row = q.shape[0] * max(q.shape[2], config.index_heads) * k.shape[1]
     found = map_rows(divergence, (q, rows), chunk=rows_per_chunk(q.shape[1], per_row))
-    mean = jnp.sum(jnp.where(valid, found, 0)) / jnp.maximum(jnp.sum(valid), 1)
-    return mean.astype(jnp.float32)
+    total, count = shards.batch_total((jnp.sum(jnp.where(valid, found, 0)), jnp.sum(valid)))
+    return (total / jnp.maximum(count, 1)).astype(jnp.float32)
 
 
 @register(DSA, "dsa")
@@ -346,8 +355,10 @@ class DSAAttention(nnx.Module):
         config = self.config
         if cache is not None and attend == "fit":
             raise ValueError('attend="fit" trains the indexer and works without a cache only')
+        shards = heads.shards
         batch, tokens = heads.q.shape[:2]
-        rows = place_rows(
+        rows, keys = place_shard(
+            shards,
             batch,
             tokens,
             length=None if cache is None else cache.length,
@@ -358,45 +369,58 @@ class DSAAttention(nnx.Module):
         k, v = heads.rope(heads.k[0], rows.positions), heads.v[0]
         live = None
         if segment_ids is not None and cache is None:
-            live = rows.valid
-            k, v = (jnp.where(live[:, :, None, None], x, 0) for x in (k, v))
+            live = keys.valid
+            k, v = (jnp.where(rows.valid[:, :, None, None], x, 0) for x in (k, v))
         index_q, weight, index_k = self.indexer(heads.x, heads.rope, rows.positions)
-        if cache is not None:
-            check_capacity(cache.length, rows.appended, cache.capacity)
+        if cache is None:
+            k, v, index_k = shards.gather(k), shards.gather(v), shards.gather(index_k)
+        else:
+            if not shards.cache_split:
+                check_capacity(cache.length, rows.appended, cache.capacity)
             cache = DSACache(
                 length=cache.length + rows.appended,
-                k=write_rows(cache.k, k, rows.index, rows.valid),
-                v=write_rows(cache.v, v, rows.index, rows.valid),
+                k=write_rows(cache.k, k, rows.index, rows.valid, shards),
+                v=write_rows(cache.v, v, rows.index, rows.valid, shards),
                 index_k=write_rows(cache.index_k, index_k, rows.index, rows.valid),
             )
             k, v, index_k = (x.astype(q.dtype) for x in (cache.k, cache.v, cache.index_k))
-            token = jnp.arange(cache.capacity, dtype=jnp.int32)[None, :]
+            token = jnp.arange(index_k.shape[1], dtype=jnp.int32)[None, :]
             live = token < cache.length[:, None]
         index_rows = IndexRows(index_q, weight, *visible_keys(rows))
 
-        decoding = cache is not None and tokens <= FEW_ROWS
+        decoding = cache is not None and (tokens <= FEW_ROWS or shards.cache_split)
         if attend != "sparse":
-            out = ranged_attention(
-                q, k, v, rows.start, rows.index + 1, implementation=config.implementation
-            ).out
-        elif decoding:
-            scores, visible = index_scores(index_rows, index_k)
-            out = gather_decode(
+            out = cached_range_attention(
                 q,
                 k,
                 v,
-                _nearest_first(scores, visible, config.selected_tokens),
-                block_size=1,
-                positions=rows.index,
+                rows.start,
+                rows.index + 1,
+                shards=shards,
                 implementation=config.implementation,
             ).out
+        elif decoding:
+            scores, visible = index_scores(index_rows, index_k)
+            lists = _nearest_first(scores, visible, config.selected_tokens)
+            part = gather_decode(
+                q,
+                k,
+                v,
+                shards.own_list(lists, k.shape[1]),
+                block_size=1,
+                positions=rows.index - shards.cache_first(k.shape[1]),
+                implementation=config.implementation,
+            )
+            out = shards.merged(part).out
         else:
             out = selected_attention(q, k, v, index_rows, index_k, config, live=live).out
 
         loss = jnp.zeros((), jnp.float32)
         if cache is None and (attend == "fit" or (attend == "sparse" and config.indexer_loss > 0)):
             fit = attend == "fit"
-            loss = indexer_kl(q, k, index_rows, index_k, rows.valid, config, selected=not fit)
+            loss = indexer_kl(
+                q, k, index_rows, index_k, keys.valid, config, selected=not fit, shards=shards
+            )
             loss = loss if fit else config.indexer_loss * loss
         measured: dict[str, Array] = {}
         selection = None
@@ -404,7 +428,15 @@ class DSAAttention(nnx.Module):
             member = top_tokens(*index_scores(index_rows, index_k), config.selected_tokens)
             lists = listed(member[:, :, None], min(config.selected_tokens, k.shape[1]))
             selection = Selection(lists, block_size=1)
-            measured = metrics.measure(q, k, v, selection, rows, config=config, shape=self.shape)
+            measured = metrics.measure(
+                shards.gather(q),
+                k,
+                v,
+                Selection(shards.gather(lists), block_size=1),
+                keys,
+                config=config,
+                shape=self.shape,
+            )
         return out, cache, Aux(loss=loss, metrics=measured, selection=selection)
 
     def update_state(self, statistics: dict[str, Array]) -> None:

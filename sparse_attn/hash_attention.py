@@ -29,16 +29,17 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from kernels_pallas.hamming import pack_codes
 from kernels_pallas.hamming.codes import word_count
-from kernels_pallas.ranged import ranged_attention
 from sparse_attn import hash_selection as selection
 from sparse_attn import metrics
 from sparse_attn.cache import check_capacity
-from sparse_attn.documents import Rows, place_rows
+from sparse_attn.documents import Rows, place_rows, place_shard
 from sparse_attn.hash_cache import HashCache, append, empty_cache
 from sparse_attn.hash_mapping import Mapping, MappingKind
 from sparse_attn.hash_selection import FINEST_FRACTION, Amount, by_lists, key_lists
 from sparse_attn.hash_training import fit_loss
+from sparse_attn.parallel.ranges import cached_range_attention
 from sparse_attn.registry import MechanismConfig, register
+from sparse_attn.shards import Strategy
 from sparse_attn.types import Attend, Aux, Heads, HeadShape, Implementation, Selection
 
 
@@ -143,6 +144,11 @@ class HashAttention(MechanismConfig):
             )
         return self.budget
 
+    @property
+    def sequence_strategies(self) -> tuple[Strategy, ...]:
+        """Codes, keys and values are gathered."""
+        return ("gather",)
+
     def covering(self, length: int) -> HashAttention:
         """The variant that equals dense attention for documents up to ``length`` tokens."""
         return dataclasses.replace(self, budget=length)
@@ -240,7 +246,9 @@ class HashMechanism(nnx.Module):
         config = self.config
         if cache is not None and attend == "fit":
             raise ValueError('attend="fit" trains the selector and works without a cache only')
-        rows = place_rows(
+        shards = heads.shards
+        rows, keys = place_shard(
+            shards,
             *heads.q.shape[:2],
             length=None if cache is None else cache.length,
             positions=positions,
@@ -257,12 +265,14 @@ class HashMechanism(nnx.Module):
         codes = checkpoint_name(pack_codes(u_k > 0), "selection")
         live = None
         if cache is None:
+            k, v, codes = shards.gather(k), shards.gather(v), shards.gather(codes)
             k_codes = selection.packed(codes)
             if segment_ids is not None:
-                live = rows.valid
+                live = keys.valid
         else:
-            check_capacity(cache.length, rows.appended, cache.capacity)
-            cache = append(cache, k, v, codes, rows)
+            if not shards.cache_split:
+                check_capacity(cache.length, rows.appended, cache.capacity)
+            cache = append(cache, k, v, codes, rows, shards)
             k, v = jnp.split(cache.kv.astype(q.dtype), [k.shape[3]], axis=3)
             k_codes = cache.codes
 
@@ -271,28 +281,36 @@ class HashMechanism(nnx.Module):
         measured: dict[str, Array] = {}
         statistics: dict[str, Array] = {}
         if attend == "fit" or joint:
+            some = None if live is None else live[:, :, None, None]
             loss, measured = fit_loss(
                 config,
                 q,
-                hashed,
-                v if live is None else jnp.where(live[:, :, None, None], v, 0),
+                k if some is None else jnp.where(some, k, 0),
+                v if some is None else jnp.where(some, v, 0),
                 self.phi_q,
-                u_k,
-                rows,
+                shards.gather(u_k),
+                keys,
                 self.steps[...],
+                shards,
             )
             loss = config.joint_loss * loss if joint else loss
             statistics = {"fitted": jnp.ones((), jnp.float32)}
 
         q_codes = self.query_codes(q) if attend == "sparse" or inspect else None
         if attend == "sparse" and q_codes is not None:
-            if cache is not None and q.shape[1] <= selection.FEW_ROWS:
-                out = selection.gathered(config, q, cache.kv, q_codes, k_codes, rows)
+            if cache is not None and (shards.cache_split or q.shape[1] <= selection.FEW_ROWS):
+                out = selection.gathered(config, q, cache, q_codes, rows, shards)
             else:
                 out = selection.masked(config, q, k, v, q_codes, k_codes, rows, live)
         else:
-            out, _ = ranged_attention(
-                q, k, v, rows.start, rows.index + 1, implementation=config.implementation
+            out, _ = cached_range_attention(
+                q,
+                k,
+                v,
+                rows.start,
+                rows.index + 1,
+                shards=shards,
+                implementation=config.implementation,
             )
         chosen = None
         if inspect and q_codes is not None:
@@ -301,11 +319,11 @@ class HashMechanism(nnx.Module):
             if live is not None:
                 k, v = (jnp.where(live[:, :, None, None], x, 0) for x in (k, v))
             measured |= metrics.measure(
-                q,
+                shards.gather(q),
                 k,
                 v,
-                chosen,
-                rows,
+                Selection(shards.gather(indices), 1),
+                keys,
                 config=config,
                 shape=self.shape,
                 sinks=config.sinks,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int, UInt32
 from kernels_pallas.hamming.codes import word_count
 from sparse_attn.cache import checked_truncation, write_rows
 from sparse_attn.documents import Rows
+from sparse_attn.shards import WHOLE, Shards
 from sparse_attn.types import HeadShape
 
 CODE_MULTIPLE = 128
@@ -30,6 +31,7 @@ class HashCache:
     length: Int[Array, " B"]
     kv: Float[Array, "B S K HHv"]
     codes: UInt32[Array, "B J W S2"]
+    token_axes: ClassVar = {"kv": 1}
 
     @property
     def capacity(self) -> int:
@@ -67,6 +69,7 @@ def append(
     v: Float[Array, "B T K Hv"],
     codes: UInt32[Array, "B T J W"],
     rows: Rows,
+    shards: Shards = WHOLE,
 ) -> HashCache:
     """Write the valid new tokens and lengthen the sequences by them."""
     room = cache.codes.shape[3]
@@ -75,7 +78,7 @@ def append(
     written = cache.codes.at[sequence, :, :, target].set(codes, mode="drop")
     return HashCache(
         length=cache.length + rows.appended,
-        kv=write_rows(cache.kv, jnp.concatenate([k, v], axis=3), rows.index, rows.valid),
+        kv=write_rows(cache.kv, jnp.concatenate([k, v], axis=3), rows.index, rows.valid, shards),
         # As in write_rows: otherwise the write is fused into every reader, with a copy each.
         codes=jax.lax.optimization_barrier(written),
     )

@@ -18,9 +18,11 @@ from kernels_pallas.hamming import Threshold, code_signs, hamming_select, hammin
 from sparse_attn.documents import Rows
 from sparse_attn.masked import masked_attention
 from sparse_attn.selecting import allowed_keys
+from sparse_attn.shards import WHOLE, Shards
 
 if TYPE_CHECKING:
     from sparse_attn.hash_attention import HashAttention
+    from sparse_attn.hash_cache import HashCache
 
 FEW_ROWS = 8
 """Up to so many rows a decode step gathers the listed keys instead of masking all of them."""
@@ -110,20 +112,27 @@ def select(
 def gathered(
     config: HashAttention,
     q: Float[Array, "B T N H"],
-    kv: Float[Array, "B S K HHv"],
+    cache: HashCache,
     q_codes: UInt32[Array, "B T J E W"],
-    k_codes: UInt32[Array, "B J W S2"],
     rows: Rows,
+    shards: Shards = WHOLE,
 ) -> Float[Array, "B T N Hv"]:
-    """Attention of a few rows over their selections: work beyond the scan follows P, not S."""
-    indices = select(config, q_codes, k_codes, rows, kv.shape[1])
-    return gather_tokens(
+    """Attention of a few rows over their selections: work beyond the scan follows P, not S.
+
+    Every device scans all codes; ``shards`` may split the tokens, which are attended where they
+    are.
+    """
+    here = cache.capacity
+    keys = here * shards.count if shards.cache_split else here
+    indices = checkpoint_name(select(config, q_codes, cache.codes, rows, keys), "selection")
+    part = gather_tokens(
         q,
-        kv,
-        checkpoint_name(indices, "selection"),
-        positions=rows.index,
+        cache.kv,
+        shards.own_list(indices, here),
+        positions=rows.index - shards.cache_first(here),
         implementation=config.implementation,
-    ).out
+    )
+    return shards.merged(part).out
 
 
 def masked(

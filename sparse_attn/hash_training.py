@@ -27,6 +27,7 @@ from sparse_attn.documents import Rows
 from sparse_attn.hash_mapping import Mapping
 from sparse_attn.hash_selection import Candidates, by_lists, candidates, packed, sampled
 from sparse_attn.masked import map_rows, rows_per_chunk
+from sparse_attn.shards import WHOLE, Shards
 
 if TYPE_CHECKING:
     from sparse_attn.hash_attention import HashAttention
@@ -49,18 +50,19 @@ def temperature(config: HashAttention, steps: Float[Array, ""]) -> Float[Array, 
 def fit_loss(
     config: HashAttention,
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K Hv"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K Hv"],
     phi_q: Mapping,
-    u_k: Float[Array, "B T J b"],
+    u_k: Float[Array, "B S J b"],
     rows: Rows,
     steps: Float[Array, ""],
+    shards: Shards = WHOLE,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """The loss on ``fit_rows`` rows, and how well the hard codes find its target.
 
     ``q`` and ``k`` are rotated; none of q, k and v receives a gradient, ``phi_q`` and ``u_k``, the
     numbers phi_k made of detached keys, do. Padding must hold finite numbers. Memory is
-    O(fit_rows * S).
+    O(fit_rows * S). ``rows`` are those of the whole sequence, ``shards`` may hold a part of ``q``.
 
     Returns:
       The loss (float32 scalar) and ``hash_recall`` (share of the targets of all lists that the
@@ -69,20 +71,21 @@ def fit_loss(
     """
     q, k, v = jax.lax.stop_gradient((q, k, v))
     lists = u_k.shape[2]
-    picked = pick_rows(q.shape[1], config.fit_rows, steps)
-    rows_of_loss, q = sampled(rows, picked), q[:, picked]
+    picked = pick_rows(k.shape[1], config.fit_rows, steps)
+    rows_of_loss, q = sampled(rows, picked), shards.take(q, picked)
     place = candidates(config, rows_of_loss, lists)
     target = checkpoint_name(targets(config, q, k, v, place), "selection")
     u_q = phi_q(by_lists(q, lists))
     tau = temperature(config, steps).astype(u_q.dtype)
     query, key = jnp.mean(jnp.tanh(u_q / tau), axis=3), jnp.tanh(u_k / tau)
     loss_of = {"bce": _bce, "ranking": _ranking}[config.loss]
-    loss = loss_of(config, query, key, target, place, steps)
+    loss = loss_of(config, query, key, target, place, steps, shards)
     if config.balance > 0:
         loss = loss + config.balance * (
-            _imbalance(jnp.tanh(u_q / tau), rows_of_loss) + _imbalance(key[:, :, :, None], rows)
+            _imbalance(jnp.tanh(u_q / tau), rows_of_loss, shards)
+            + _imbalance(key[:, :, :, None], rows, shards)
         )
-    metrics = recall(config, u_q, u_k, target, place)
+    metrics = recall(config, u_q, u_k, target, place, shards)
     metrics["hash_temperature"] = tau.astype(jnp.float32)
     return loss.astype(jnp.float32), metrics
 
@@ -161,6 +164,7 @@ def recall(
     u_k: Float[Array, "B S J b"],
     target: Int[Array, "B r J F"],
     place: Candidates,
+    shards: Shards = WHOLE,
 ) -> dict[str, Float[Array, ""]]:
     """Share of the targets among the keys that the hard codes select; 1 without any target."""
     u_q, u_k = jax.lax.stop_gradient((u_q, u_k))
@@ -178,8 +182,9 @@ def recall(
     level, cutoff = (x[..., None] for x in threshold)
     found = (scores > level) | ((scores == level) & (target >= cutoff))
     listed = target >= 0
-    hits = jnp.sum(found & listed, axis=(0, 1, 3)).astype(jnp.float32)
-    wanted = jnp.sum(listed, axis=(0, 1, 3)).astype(jnp.float32)
+    hits, wanted = shards.batch_total(
+        tuple(jnp.sum(x, axis=(0, 1, 3)).astype(jnp.float32) for x in (found & listed, listed))
+    )
 
     def share(hits: Array, wanted: Array) -> Array:
         return jnp.where(wanted > 0, hits / jnp.maximum(wanted, 1.0), 1.0)
@@ -208,6 +213,7 @@ def _bce(
     target: Array,
     place: Candidates,
     steps: Array,
+    shards: Shards,
 ) -> Float[Array, ""]:
     """Weighted binary cross-entropy, mean over all candidates of all rows and lists.
 
@@ -232,6 +238,7 @@ def _bce(
     corrected = weight * jax.nn.softplus(-z) - jax.nn.softplus(z)
     total = total + jnp.sum(jnp.where(target >= 0, corrected, 0.0))
     pairs = J * jnp.sum((place.stop - place.start).astype(total.dtype))
+    total, pairs = shards.batch_total((total, pairs))
     return total / jnp.maximum(pairs, 1.0)
 
 
@@ -242,6 +249,7 @@ def _ranking(
     target: Array,
     place: Candidates,
     steps: Array,
+    shards: Shards,
 ) -> Float[Array, ""]:
     """Bradley-Terry: targets above other candidates, of which each row draws some by a hash."""
     del config
@@ -258,12 +266,15 @@ def _ranking(
         - _scores_at(query, key, negative)[..., None, :]
     )
     total = jnp.sum(jnp.where(usable, jax.nn.softplus(-gap), 0.0))
-    return total / jnp.maximum(jnp.sum(usable), 1)
+    total, pairs = shards.batch_total((total, jnp.sum(usable)))
+    return total / jnp.maximum(pairs, 1)
 
 
-def _imbalance(relaxed: Float[Array, "B T J E b"], rows: Rows) -> Float[Array, ""]:
+def _imbalance(relaxed: Float[Array, "B T J E b"], rows: Rows, shards: Shards) -> Float[Array, ""]:
     """Mean over bits of the squared mean of the bit: 0 if every bit is set half of the time."""
     valid = rows.valid[:, :, None, None, None]
-    count = jnp.maximum(jnp.sum(valid), 1) * relaxed.shape[3]
-    mean = jnp.sum(jnp.where(valid, relaxed, 0.0), axis=(0, 1, 3)) / count
+    total, count = shards.batch_total(
+        (jnp.sum(jnp.where(valid, relaxed, 0.0), axis=(0, 1, 3)), jnp.sum(valid))
+    )
+    mean = total / (jnp.maximum(count, 1) * relaxed.shape[3])
     return jnp.mean(mean**2)

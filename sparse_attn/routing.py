@@ -39,7 +39,7 @@ from kernels_pallas.gather_decode import gather_decode
 from kernels_pallas.ranged import ranged_attention
 from sparse_attn import metrics
 from sparse_attn.cache import check_capacity
-from sparse_attn.documents import Rows, place_rows
+from sparse_attn.documents import Rows, place_rows, place_shard
 from sparse_attn.registry import MechanismConfig, register
 from sparse_attn.routing_cache import (
     FEW_ROWS,
@@ -58,6 +58,7 @@ from sparse_attn.routing_sorted import (
     token_lists,
 )
 from sparse_attn.routing_state import RoutingState, assign, collect, commitment, moved, unit
+from sparse_attn.shards import Strategy
 from sparse_attn.types import (
     Attend,
     Aux,
@@ -127,6 +128,11 @@ class Routing(MechanismConfig):
     def causal(self) -> bool:
         """False in paper mode, where later tokens change what earlier ones attend."""
         return self.mode == "causal"
+
+    @property
+    def sequence_strategies(self) -> tuple[Strategy, ...]:
+        """Clusters, keys and values are gathered; the paper's mode needs all queries as well."""
+        return ("gather",) if self.causal else ()
 
     def covering(self, length: int) -> Routing:
         """The variant that equals dense attention: one cluster that keeps all of its members."""
@@ -248,8 +254,10 @@ class RoutingAttention(nnx.Module):
             self._require_causal()
             if attend == "fit":
                 raise ValueError('attend="fit" moves the clusters and works without a cache only')
+        shards = heads.shards
         batch, tokens = heads.q.shape[:2]
-        rows = place_rows(
+        rows, keys = place_shard(
+            shards,
             batch,
             tokens,
             length=None if cache is None else cache.length,
@@ -261,8 +269,8 @@ class RoutingAttention(nnx.Module):
         shared = config.mode == "paper" and config.shared_qk
         centroids = self.centroids[...]
         bias = self.bias[...] if config.causal else jnp.zeros_like(self.bias[...])
-        of_q = assign(routed_q, centroids, bias, rows.valid)
-        of_k = of_q if shared else assign(routed_k, centroids, bias, rows.valid)
+        of_q = assign(routed_q, centroids, bias, rows.valid, shards)
+        of_k = of_q if shared else assign(routed_k, centroids, bias, rows.valid, shards)
         q = heads.rope(heads.q, rows.positions)
         k, v = heads.rope(heads.k[0], rows.positions), heads.v[0]
 
@@ -274,9 +282,10 @@ class RoutingAttention(nnx.Module):
             )
             k, v = cache.k.astype(q.dtype), cache.v.astype(q.dtype)
         else:
+            k, v = shards.gather(k), shards.gather(v)
             if config.causal:
                 out, selection = self._sparse(
-                    *(q, k, v, of_q.clusters, of_k.clusters, rows),
+                    *(q, k, v, of_q.clusters, shards.gather(of_k.clusters), rows, keys),
                     packed=segment_ids is not None,
                     inspect=inspect,
                 )
@@ -290,17 +299,20 @@ class RoutingAttention(nnx.Module):
         loss = jnp.zeros((), jnp.float32)
         statistics: dict[str, Array] = {}
         if cache is None:
-            statistics = collect(of_q, of_k)
+            statistics = shards.total(collect(of_q, of_k))
             if attend != "dense" and config.commitment > 0:
                 sides = [(routed_q, of_q)] if shared else [(routed_q, of_q), (routed_k, of_k)]
                 for x, found in sides:
                     x = jax.lax.stop_gradient(x) if attend == "fit" else x
-                    part = commitment(x, centroids, found.clusters, rows.valid)
+                    part = commitment(x, centroids, found.clusters, rows.valid, shards)
                     loss = loss + config.commitment / len(sides) * part
         measured: dict[str, Array] = {}
         if inspect:
             assert selection is not None
-            measured = metrics.measure(q, k, v, selection, rows, config=config, shape=self.shape)
+            whole = Selection(shards.gather(selection.indices), selection.block_size)
+            measured = metrics.measure(
+                shards.gather(q), k, v, whole, keys, config=config, shape=self.shape
+            )
         return out, cache, Aux(loss, measured, statistics, selection)
 
     def update_state(self, statistics: dict[str, Array]) -> None:
@@ -328,13 +340,14 @@ class RoutingAttention(nnx.Module):
         query_clusters: Array,
         key_clusters: Array,
         rows: Rows,
+        keys: Rows,
         *,
         packed: bool,
         inspect: bool,
     ) -> tuple[Array, Selection | None]:
-        """Causal attention over a whole sequence."""
+        """Causal attention of ``rows`` over the ``keys`` of a whole sequence."""
         out, sorted_keys = _sorted_attention(
-            self.config, q, k, v, query_clusters, key_clusters, rows, packed=packed
+            self.config, q, k, v, query_clusters, key_clusters, rows, keys, packed=packed
         )
         if not inspect:
             return out, None
@@ -483,25 +496,27 @@ def routing_attention(
     of_q = assign(by_q[:, :, :routed], mu, bias, rows.valid)
     of_k = assign(by_k[:, :, :routing], mu, bias, rows.valid)
     packed = segment_ids is not None
-    return _sorted_attention(config, q, k, v, of_q.clusters, of_k.clusters, rows, packed=packed)[0]
+    clusters = of_q.clusters, of_k.clusters
+    return _sorted_attention(config, q, k, v, *clusters, rows, rows, packed=packed)[0]
 
 
 def _sorted_attention(
     config: Routing,
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K Hv"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K Hv"],
     query_clusters: Int[Array, "B T N2"],
-    key_clusters: Int[Array, "B T K2"],
+    key_clusters: Int[Array, "B S K2"],
     rows: Rows,
+    keys: Rows,
     *,
     packed: bool,
-) -> tuple[Float[Array, "B T N Hv"], Int[Array, "E T"]]:
+) -> tuple[Float[Array, "B T N Hv"], Int[Array, "E S"]]:
     """Causal routing without a cache, and the sorted keys it went by."""
     check_sort_keys(config.clusters, k.shape[1], q.shape[1] * (q.shape[2] // k.shape[2]))
     query_clusters = checkpoint_name(query_clusters, "selection")
     key_clusters = checkpoint_name(key_clusters, "selection")
-    eligible = rows.valid & (rows.index - rows.start >= config.sinks)
+    eligible = keys.valid & (keys.index - keys.start >= config.sinks)
     sorted_keys = sort_keys(key_clusters, eligible, config.clusters)
     out = three_sets(config, q, k, v, query_clusters, sorted_keys, rows, packed=packed)
     return out, sorted_keys

@@ -8,6 +8,7 @@ microbatches and devices gives those of the whole batch, and is applied once by 
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from kernels_pallas.common import accumulation_dtype
+from sparse_attn.shards import WHOLE, Shards
 
 CHUNK_SCORES = 2**20
 """Similarities of tokens to centroids that are alive at a time."""
@@ -55,13 +57,37 @@ def assign(
     centroids: Float[Array, "K C H"],
     bias: Float[Array, "K C"],
     valid: Bool[Array, "B T"],
+    shards: Shards = WHOLE,
 ) -> Assignment:
     """cluster = argmax_c <x / |x|, mu_c> + bias_c, head a of A reading centroids a // (A/K).
 
     A function of each token alone; of equal scores the first cluster wins. Padding may hold
-    anything. Nothing here is differentiated. O(chunk * C) memory beside the inputs.
+    anything. Nothing here is differentiated. O(chunk * C) memory beside the inputs. ``shards`` may
+    split the tokens: the sums are then over those here.
     """
     x, centroids, bias = jax.lax.stop_gradient((x, centroids, bias))
+    C = bias.shape[1]
+    clusters, totals, at = [], [], 0
+    for first, size in shards.stretches(x.shape[1]):
+        found = _assign(x[:, at : at + size], centroids, bias, valid[:, at : at + size])
+        if shards.split:
+            # Row t of the sequence is a candidate for centroid t mod C, wherever it lies.
+            far = (jnp.roll(a, first % C, axis=1) for a in (found.far_sums, found.far_weights))
+            found = Assignment(found.clusters, found.sums, found.counts, *far)
+        clusters.append(found.clusters)
+        totals.append((found.sums, found.counts, found.far_sums, found.far_weights))
+        at += size
+    total = jax.tree.map(lambda *parts: functools.reduce(jnp.add, parts), *totals)
+    return Assignment(jnp.concatenate(clusters, axis=1), *total)
+
+
+def _assign(
+    x: Float[Array, "B T A H"],
+    centroids: Float[Array, "K C H"],
+    bias: Float[Array, "K C"],
+    valid: Bool[Array, "B T"],
+) -> Assignment:
+    """:func:`assign` of rows that follow each other, the first being row 0."""
     B, T, A, H = x.shape
     K, C = bias.shape
     G = A // K
@@ -118,15 +144,19 @@ def commitment(
     centroids: Float[Array, "K C H"],
     clusters: Int[Array, "B T A"],
     valid: Bool[Array, "B T"],
+    shards: Shards = WHOLE,
 ) -> Float[Array, ""]:
-    """Mean over valid tokens and heads of |x/|x| - mu_cluster|^2; differentiable in ``x`` only."""
+    """Mean over valid tokens and heads of |x/|x| - mu_cluster|^2; differentiable in ``x`` only.
+
+    Over the tokens of all ``shards``.
+    """
     K, C, _ = centroids.shape
     heads = jnp.arange(x.shape[2], dtype=jnp.int32) // (x.shape[2] // K)
     mu = jax.lax.stop_gradient(centroids)[heads[None, None, :], jnp.minimum(clusters, C - 1)]
     distance = jnp.square(unit(jnp.where(valid[:, :, None, None], x, 0)) - mu.astype(x.dtype))
     total = jnp.sum(jnp.where(valid[:, :, None, None], distance, 0))
-    count = jnp.maximum(jnp.sum(valid) * x.shape[2], 1)
-    return (total / count).astype(jnp.float32)
+    total, count = shards.total((total, jnp.sum(valid)))
+    return (total / jnp.maximum(count * x.shape[2], 1)).astype(jnp.float32)
 
 
 def collect(queries: Assignment, keys: Assignment) -> dict[str, Array]:

@@ -55,16 +55,11 @@ class Shards:
         """Tokens of the whole sequence, of which ``mine`` are here."""
         return mine * self.count if self.split else mine
 
-    def index(self, tokens: int) -> Int[Array, " T"]:
-        """Numbers in the sequence of the ``tokens`` rows that are here."""
-        if not self.split:
-            return jnp.arange(tokens, dtype=jnp.int32)
-        chunks = [first + jnp.arange(size, dtype=jnp.int32) for first, size in self._chunks(tokens)]
-        return jnp.concatenate(chunks)
-
     def first(self, tokens: int) -> Int[Array, ""]:
-        """Number of the first row here, where rows follow each other (natural order)."""
-        return self._chunks(tokens)[0][0]
+        """Number of the first of the ``tokens`` rows here, which follow each other."""
+        (first, _), *more = self.stretches(tokens)
+        assert not more, "only natural order has one stretch a device"
+        return jnp.asarray(first)
 
     def gather(self, x: Shaped[Array, "*lead T *rest"], axis: int = 1) -> Array:
         """The rows of all devices in their order, where ``axis`` of ``x`` counts those here.
@@ -87,7 +82,7 @@ class Shards:
             return x
         parts = [
             jax.lax.dynamic_slice_in_dim(x, first, size, axis=axis)
-            for first, size in self._chunks(x.shape[axis] // self.count)
+            for first, size in self.stretches(x.shape[axis] // self.count)
         ]
         return jnp.concatenate(parts, axis=axis)
 
@@ -175,8 +170,10 @@ class Shards:
         assert self.axis is not None
         return self.axis
 
-    def _chunks(self, tokens: int) -> list[tuple[Int[Array, ""], int]]:
-        """(first number, size) of the stretches of the sequence that are here."""
+    def stretches(self, tokens: int) -> list[tuple[Int[Array, ""] | int, int]]:
+        """(first number, size) of the stretches of the sequence that make up ``tokens`` rows."""
+        if not self.split:
+            return [(0, tokens)]
         device = jax.lax.axis_index(self._name)
         if self.order == "natural":
             return [(device * tokens, tokens)]

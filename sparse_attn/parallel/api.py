@@ -178,7 +178,8 @@ def call(
         segment_ids,
     )
     selection = None if chosen is None else Selection(chosen, block_sizes[-1])
-    return out, cache, Aux(*sums, selection)
+    loss, metrics, statistics = sums
+    return out, cache, Aux(loss, metrics, statistics, selection)
 
 
 def _replicated(
@@ -190,13 +191,19 @@ def _replicated(
 ) -> tuple[Array, None, Aux]:
     """Every device computes the whole sequence and keeps its own rows: serves every mechanism."""
     shards = heads.shards
-    q, x, positions, segment_ids = (
-        None if a is None else shards.gather(a) for a in (heads.q, heads.x, positions, segment_ids)
+    positions, segment_ids = (
+        None if a is None else shards.gather(a) for a in (positions, segment_ids)
     )
-    k, v = shards.gather(heads.k, axis=2), shards.gather(heads.v, axis=2)
-    alone = Shards(batch_axes=shards.batch_axes)
+    whole = Heads(
+        q=shards.gather(heads.q),
+        k=shards.gather(heads.k, axis=2),
+        v=shards.gather(heads.v, axis=2),
+        x=shards.gather(heads.x),
+        rope=heads.rope,
+        shards=Shards(batch_axes=shards.batch_axes),
+    )
     out, _, aux = module(
-        Heads(q, k, v, x, heads.rope, alone),
+        whole,
         positions=positions,
         segment_ids=segment_ids,
         **options,

@@ -154,8 +154,8 @@ def _ring(
 
     def step(i: Array, state: Any) -> Any:
         keys, found = state
-        keys = _pass_on(shards, keys)
-        part = attend((device - i - 1) % shards.count, q, *keys, start, stop)
+        k, v = keys = _pass_on(shards, keys)
+        part = attend((device - i - 1) % shards.count, q, k, v, start, stop)
         # Kept in the dtype of the sums, so that rounding does not grow with the steps.
         part = AttentionOutput(part.out.astype(part.lse.dtype), part.lse)
         return keys, merge(found, part)
