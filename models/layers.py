@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,6 +11,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from models.config import ModelConfig
+from sparse_attn.parallel import SequenceParallel
+from sparse_attn.parallel import call as parallel_call
 from sparse_attn.registry import MechanismConfig, build_mechanism
 from sparse_attn.types import Attend, Aux, Heads, Rope
 
@@ -76,6 +79,7 @@ class Attention(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         attend: Attend = "sparse",
         inspect: bool = False,
+        parallel: SequenceParallel | None = None,
     ) -> tuple[Float[Array, "B T D"], Any, Aux]:
         dtype = x.dtype
         q = jnp.einsum("BTD,DNH->BTNH", x, self.q[...].astype(dtype))
@@ -87,7 +91,10 @@ class Attention(nnx.Module):
             v = v + self.v_bias[...].astype(dtype)[:, None, None]
         if self.config.query_key_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        out, cache, aux = self.mechanism(
+        mechanism: Any = self.mechanism
+        if parallel is not None:
+            mechanism = partial(parallel_call, mechanism, parallel=parallel)
+        out, cache, aux = mechanism(
             Heads(q=q, k=k, v=v, x=x, rope=rope),
             cache,
             positions=positions,

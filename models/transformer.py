@@ -25,6 +25,7 @@ from jaxtyping import Array, Float, Int, Key
 from models.config import ModelConfig, Remat, Run
 from models.layers import Layer, RMSNorm, normal
 from models.rope import RopeConfig, make_rope
+from sparse_attn.parallel import SequenceParallel
 from sparse_attn.types import Attend, Aux, Rope, Selection
 
 __all__ = [
@@ -96,13 +97,15 @@ class Decoder(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         attend: Attend = "sparse",
         inspect: bool = False,
+        parallel: SequenceParallel | None = None,
     ) -> DecoderOutput:
         """Next-token logits for every token.
 
         ``caches=None`` is training; empty caches and T tokens are prefill; filled ones decode.
         ``segment_ids``: 0 is padding, documents are numbered upwards. ``positions`` (rotary)
         default to the place in the document, or after the cached tokens. ``attend`` and ``inspect``
-        are static and go to the mechanisms.
+        are static and go to the mechanisms. ``parallel`` says how attention is split over a mesh
+        (:mod:`sparse_attn.parallel`); None leaves everything to the compiler.
 
         Raises:
           ValueError: if ``tokens`` are not [B, T] or ``caches`` are not one a layer.
@@ -115,6 +118,7 @@ class Decoder(nnx.Module):
             segment_ids=segment_ids,
             attend=attend,
             inspect=inspect,
+            parallel=parallel,
         )
         return DecoderOutput(
             self.logits(output.hidden), output.caches, output.aux, output.selections
@@ -129,6 +133,7 @@ class Decoder(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         attend: Attend = "sparse",
         inspect: bool = False,
+        parallel: SequenceParallel | None = None,
     ) -> HiddenOutput:
         """The same call without the logits, so that a loss can be computed in pieces."""
         config = self.config
@@ -144,6 +149,7 @@ class Decoder(nnx.Module):
             segment_ids=segment_ids,
             attend=attend,
             inspect=inspect,
+            parallel=parallel,
         )
         if caches is None:
             x, auxes = self._without_caches(x, call)

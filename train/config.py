@@ -13,9 +13,10 @@ import importlib
 import importlib.util
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from models.transformer import ModelConfig
+from sparse_attn.shards import Order, Strategy
 from train.data import DataConfig
 from train.evaluation.config import EvaluationConfig
 from train.tokenizer import TokenizerConfig
@@ -112,18 +113,32 @@ class MeshConfig:
       fsdp: parts of the batch that also share one copy of the weights.
       sequence: parts of every sequence.
       tensor: parts of every weight matrix and of the heads.
+      strategy: how attention works on split sequences (docs/parallel.md): "auto" is the mechanism's
+        own choice, "replicate" serves all.
+      order: "natural" gives every device one stretch of a row, "zigzag" an early and a late one,
+        which balances causal attention.
 
     Raises:
-      ValueError: if a size is 0 or below -1, or several are -1.
+      ValueError: if a size is 0 or below -1, several are -1, or a name is unknown.
     """
 
     data: int = -1
     fsdp: int = 1
     sequence: int = 1
     tensor: int = 1
+    strategy: Strategy | Literal["auto"] = "auto"
+    order: Order = "natural"
 
     def __post_init__(self) -> None:
-        sizes = dataclasses.asdict(self)
+        for field, kinds in (
+            ("strategy", ("auto", *get_args(Strategy))),
+            ("order", get_args(Order)),
+        ):
+            if getattr(self, field) not in kinds:
+                raise ValueError(
+                    f"mesh.{field}={getattr(self, field)!r} is unknown; use {', '.join(kinds)}"
+                )
+        sizes = {name: getattr(self, name) for name in ("data", "fsdp", "sequence", "tensor")}
         for name, size in sizes.items():
             if size == 0 or size < -1:
                 raise ValueError(

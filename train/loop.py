@@ -178,6 +178,7 @@ def plan(config: RunConfig) -> tuple[TrainState, Placement]:
             batch_size=config.batch_size,
             microbatches=config.microbatches,
             sequence_length=config.sequence_length,
+            order=config.mesh.order,
         )
         return place_state(config, mesh)
 

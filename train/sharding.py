@@ -15,6 +15,8 @@ from typing import Any, cast
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from sparse_attn.parallel import SequenceParallel, zigzag_order
+from sparse_attn.shards import Order
 from train.config import MeshConfig
 from train.optimizer import parameter_name
 
@@ -61,7 +63,12 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 
 def check_divisible(
-    mesh: Mesh, *, batch_size: int, microbatches: int, sequence_length: int
+    mesh: Mesh,
+    *,
+    batch_size: int,
+    microbatches: int,
+    sequence_length: int,
+    order: Order = "natural",
 ) -> None:
     """Refuse batches that the mesh cannot split evenly.
 
@@ -74,11 +81,22 @@ def check_divisible(
             f"batch_size={batch_size} / microbatches={microbatches} = {rows} rows cannot be split "
             f"over data*fsdp={parts} devices; make it a multiple of {parts}"
         )
-    if sequence_length % mesh.shape["sequence"]:
+    stretches = mesh.shape["sequence"] * (2 if order == "zigzag" else 1)
+    if sequence_length % stretches:
         raise ValueError(
             f"sequence_length={sequence_length} cannot be split over "
-            f"mesh.sequence={mesh.shape['sequence']} devices; make it a multiple"
+            f"mesh.sequence={mesh.shape['sequence']} devices in {order} order; make it a multiple "
+            f"of {stretches}"
         )
+
+
+def sequence_parallel(mesh: Mesh, config: MeshConfig) -> SequenceParallel | None:
+    """How attention is split over ``mesh``: always by hand if there is more than one device, since
+    compilers do not split kernels.
+    """
+    if mesh.size == 1:
+        return None
+    return SequenceParallel(mesh, strategy=config.strategy, order=config.order)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -161,12 +179,15 @@ def describe_placement(params: Any) -> list[Placed]:
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """The mesh with the shardings of a training state and of its batches of ``rows`` rows."""
+    """The mesh with the shardings of a training state and of its batches of ``rows`` rows, and how
+    attention is split over it (None on one device).
+    """
 
     mesh: Mesh
     state: Any
     batch: NamedSharding
     rows: int
+    parallel: SequenceParallel | None = None
 
     def row_share(self) -> tuple[int, int]:
         """Which part of a batch's rows this process reads: (index, number of parts).
@@ -194,9 +215,13 @@ class Placement:
         return first // (stop - first), rows // (stop - first)
 
     def put_batch(self, batch: dict[str, Any]) -> dict[str, jax.Array]:
-        """Host arrays [B, T] onto the devices; among several processes each has its
-        :meth:`row_share` of B rows.
+        """Host arrays [B, T] onto the devices, in the order that ``parallel`` asks for; among
+        several processes each has its :meth:`row_share` of B rows.
         """
+        if self.parallel is not None and self.parallel.order == "zigzag":
+            tokens = next(iter(batch.values())).shape[1]
+            order = zigzag_order(tokens, self.parallel.count)
+            batch = {name: array[:, order] for name, array in batch.items()}
         if jax.process_count() == 1:
             return jax.device_put(batch, dict.fromkeys(batch, self.batch))
 

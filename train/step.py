@@ -15,7 +15,13 @@ from jaxtyping import Array, Float, Int
 from models.transformer import Decoder, Tree, abstract, merge, split
 from train.config import RunConfig
 from train.optimizer import learning_rate_schedule, make_optimizer, parameter_name
-from train.sharding import Placement, abstract_with, batch_sharding, tree_shardings
+from train.sharding import (
+    Placement,
+    abstract_with,
+    batch_sharding,
+    sequence_parallel,
+    tree_shardings,
+)
 
 Batch = dict[str, Array]
 Metrics = dict[str, Float[Array, ""]]
@@ -178,9 +184,14 @@ def place_state(config: RunConfig, mesh: jax.sharding.Mesh) -> tuple[TrainState,
     """The state's shapes (``ShapeDtypeStruct`` with shardings) and where everything lives."""
     shapes = jax.eval_shape(lambda seed: initial_state(config, seed), jnp.uint32(0))
     shardings = tree_shardings(shapes, mesh)
-    return abstract_with(shardings, shapes), Placement(
-        mesh, shardings, batch_sharding(mesh), config.batch_size
+    placement = Placement(
+        mesh,
+        shardings,
+        batch_sharding(mesh),
+        config.batch_size,
+        sequence_parallel(mesh, config.mesh),
     )
+    return abstract_with(shardings, shapes), placement
 
 
 def make_state(config: RunConfig, placement: Placement) -> TrainState:
@@ -222,6 +233,7 @@ def make_train_step(config: RunConfig, placement: Placement) -> jax.stages.Wrapp
             positions=batch["positions"],
             segment_ids=batch["segment_ids"],
             attend="fit",
+            parallel=placement.parallel,
         ).aux
         loss = aux.loss / config.microbatches
         metrics = {name: value / config.microbatches for name, value in aux.metrics.items()}
@@ -232,7 +244,10 @@ def make_train_step(config: RunConfig, placement: Placement) -> jax.stages.Wrapp
     ) -> tuple[Array, tuple[Array, Array, Metrics, dict[str, Array]]]:
         decoder = merge(graphdef, with_trained(params, part), state)
         output = decoder.hidden(
-            batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"]
+            batch["tokens"],
+            positions=batch["positions"],
+            segment_ids=batch["segment_ids"],
+            parallel=placement.parallel,
         )
         summed, drift = next_token_loss(
             decoder.logits,
@@ -321,6 +336,7 @@ def make_inspection(config: RunConfig, placement: Placement) -> jax.stages.Wrapp
             positions=one["positions"],
             segment_ids=one["segment_ids"],
             inspect=True,
+            parallel=placement.parallel,
         )
         return {name: jnp.asarray(value, jnp.float32) for name, value in output.aux.metrics.items()}
 

@@ -2,14 +2,9 @@
 
 import dataclasses
 import io
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
-import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 from rich.console import Console
@@ -120,56 +115,3 @@ def test_the_first_matching_rule_wins_and_one_must_match():
 def test_an_axis_that_cannot_be_split_is_named():
     with pytest.raises(ValueError, match=r"embedding .*axis of 259 .*mesh.tensor=2"):
         tree_shardings(abstract(tiny.model)[1], abstract_mesh(tensor=2))
-
-
-SCRIPT = """
-import dataclasses, json, sys
-import jax, numpy as np
-from configs.tiny import config
-from sparse_attn import Dense
-from train.config import MeshConfig
-from train.loop import plan
-from train.step import make_state, make_train_step
-
-model = dataclasses.replace(config.model, attention=Dense(), layers=1, kv_heads=2, vocab_size=260)
-mesh = MeshConfig(**json.loads(sys.argv[1]))
-config = dataclasses.replace(config, model=model, mesh=mesh, batch_size=4, sequence_length=16)
-_, placement = plan(config)
-state, step = make_state(config, placement), make_train_step(config, placement)
-tokens = np.random.default_rng(0).integers(3, 259, (4, 17)).astype(np.int32)
-batch = {
-    "tokens": tokens[:, :-1],
-    "targets": tokens[:, 1:],
-    "weights": np.ones((4, 16), np.float32),
-    "segment_ids": np.ones((4, 16), np.int32),
-    "positions": np.tile(np.arange(16, dtype=np.int32), (4, 1)),
-}
-spec = list(state.params["layers"]["0"]["mlp"]["up"].sharding.spec)
-losses = []
-for _ in range(3):
-    state, metrics = step(state, placement.put_batch(batch))
-    losses.append(float(metrics["loss"]))
-print(json.dumps({"losses": losses, "spec": spec, "devices": jax.device_count()}))
-"""
-
-
-def on_devices(count, **mesh):
-    flags = f"--xla_force_host_platform_device_count={count}"
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, json.dumps(mesh)],
-        cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def test_four_devices_train_like_one():
-    one = on_devices(1)
-    four = on_devices(4, data=1, fsdp=2, tensor=2)
-    assert (one["devices"], four["devices"]) == (1, 4)
-    assert four["spec"] == ["fsdp", "tensor"]
-    np.testing.assert_allclose(four["losses"], one["losses"], rtol=1e-4)
-    assert one["losses"][2] < one["losses"][0]
