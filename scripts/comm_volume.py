@@ -6,7 +6,8 @@ Every row is one attention call (the mechanism without its projections, which mo
 tokens are split) of one sequence with the heads of an 8B model, compiled and never run. "both" is
 forward and backward; gradients of the mechanism's own parameters, which data parallelism sums as
 well, are in "both and parameters" only. The strategy "automatic" is the mechanism as it is, with
-split inputs, left to the compiler. The counting rule is that of ``collective_bytes.py``. Numbers
+split inputs, left to the compiler: at least these bytes, since it puts collectives into loops whose
+length depends on data, and these count once. The counting rule is that of ``collective_bytes.py``. Numbers
 are float32, because the CPU compiler widens collectives of bfloat16 to it: with bfloat16 on an
 accelerator half of the bytes move.
 
@@ -143,13 +144,14 @@ def training_bytes(
     state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), state)
     if not backward:
         compiled = jax.jit(lambda a, s: forward(a, s)[0], out_shardings=by_row)
-        return collective_bytes(compiled.lower(arrays, state).compile().as_text())
+        text = compiled.lower(arrays, state).compile().as_text()
+        return collective_bytes(text, at_least=strategy == "automatic")
     placed = (by_row, by_branch, by_branch, by_row)
     places = (placed, whole) if parameters else (placed,)
     out = jax.ShapeDtypeStruct((*arrays[0].shape[:3], shape.value_width), arrays[0].dtype)
     out = jax.ShapeDtypeStruct(out.shape, out.dtype, sharding=by_row)
-    lowered = jax.jit(gradients, out_shardings=places).lower(arrays, state, out)
-    return collective_bytes(lowered.compile().as_text())
+    text = jax.jit(gradients, out_shardings=places).lower(arrays, state, out).compile().as_text()
+    return collective_bytes(text, at_least=strategy == "automatic")
 
 
 def decoding_bytes(
@@ -223,7 +225,11 @@ def wanted_share(tokens: int, shape: HeadShape, devices: int = DEVICES) -> tuple
         for s in head_shapes(config, shape, tokens, "float32", (None, None))
     ]
     rope = make_rope(RopeConfig(), shape.head_width)
-    run = jax.jit(lambda *a: module(Heads(*a, rope), inspect=True)[2].selection.indices)
+
+    @jax.jit
+    def run(q: Any, k: Any, v: Any, x: Any) -> Any:
+        return module(Heads(q, k, v, x, rope), inspect=True)[2].selection.indices
+
     picks = np.asarray(run(q, k, v, x))[0].reshape(
         devices, -1, shape.kv_heads, config.selected_blocks
     )
