@@ -25,7 +25,7 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, NamedSharding, PartitionSpec
 
-__all__ = ["TPU_CHIPS", "compile_for_tpu", "lower_for_gpu", "lower_for_tpu"]
+__all__ = ["TPU_CHIPS", "compile_for_tpu", "lower_for_gpu", "lower_for_tpu", "tpu_topology"]
 
 TPU_CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 """Generation -> the topology it is compiled for; one chip of it is used."""
@@ -49,21 +49,7 @@ def compile_for_tpu(function: Callable[..., Any], *shapes: Any, chip: str = "v5e
     """
     if chip not in TPU_CHIPS:
         raise ValueError(f"{chip=} is unknown; use one of {sorted(TPU_CHIPS)}")
-    for name, value in _ENVIRONMENT.items():
-        # Where jax found no metadata service at import, it left its warning as the value.
-        if os.environ.get(name, "WARNING").startswith("WARNING"):
-            os.environ[name] = value
-    apart = Path(sys.prefix, "ahead_of_time", "libtpu", "libtpu.so")
-    if apart.exists() and importlib.util.find_spec("libtpu") is None:
-        os.environ.setdefault("TPU_LIBRARY_PATH", str(apart))
-    try:
-        topology = topologies.get_topology_desc(TPU_CHIPS[chip], platform="tpu")
-    except Exception as error:
-        raise RuntimeError(
-            f"libtpu is not available ({error}); install it with "
-            f"'pip install --target {apart.parent.parent} libtpu'"
-        ) from error
-    device: Any = topology.devices[0]
+    device: Any = tpu_topology(TPU_CHIPS[chip]).devices[0]
     mesh = jax.sharding.Mesh([device], ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     sharding = NamedSharding(mesh, PartitionSpec())
     placed = jax.tree.map(
@@ -75,6 +61,30 @@ def compile_for_tpu(function: Callable[..., Any], *shapes: Any, chip: str = "v5e
     )
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=kind)):
         return jax.jit(function).lower(*placed).compile()
+
+
+def tpu_topology(name: str) -> Any:
+    """Chips that are not here, as ``jax.experimental.topologies`` describes them: a compile target
+    such as "v5e:2x2" or "v5p:4x4x4".
+
+    Raises:
+      RuntimeError: if libtpu is neither importable, nor named by TPU_LIBRARY_PATH, nor kept apart,
+        or knows no such topology.
+    """
+    for variable, value in _ENVIRONMENT.items():
+        # Where jax found no metadata service at import, it left its warning as the value.
+        if os.environ.get(variable, "WARNING").startswith("WARNING"):
+            os.environ[variable] = value
+    apart = Path(sys.prefix, "ahead_of_time", "libtpu", "libtpu.so")
+    if apart.exists() and importlib.util.find_spec("libtpu") is None:
+        os.environ.setdefault("TPU_LIBRARY_PATH", str(apart))
+    try:
+        return topologies.get_topology_desc(name, platform="tpu")
+    except Exception as error:
+        raise RuntimeError(
+            f"libtpu is not available ({error}); install it with "
+            f"'pip install --target {apart.parent.parent} libtpu'"
+        ) from error
 
 
 def lower_for_tpu(function: Callable[..., Any], *shapes: Any, chip: str = "v5e") -> str:

@@ -137,9 +137,13 @@ class Layer(nnx.Module):
         self, x: Float[Array, "B T D"], rope: Rope, cache: Any = None, **call: Any
     ) -> tuple[Float[Array, "B T D"], Any, Aux]:
         """One layer; ``call`` holds the keyword arguments of :class:`Attention`."""
+        parallel, training = call.get("parallel"), cache is None
         out, cache, aux = self.attention(self.attention_norm(x), rope, cache, **call)
         x = x + self._scaled(out)
-        return x + self._scaled(self.mlp(self.mlp_norm(x))), cache, aux
+        x = x + self._scaled(self.mlp(self.mlp_norm(x)))
+        if parallel is not None and training:
+            x = parallel.constrain(x)
+        return x, cache, aux
 
     def _scaled(self, branch: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         if self.multiplier == 1.0:

@@ -141,6 +141,8 @@ class Decoder(nnx.Module):
         x = self.embedding[...][tokens].astype(jnp.dtype(config.compute_dtype))
         if config.embedding_multiplier != 1.0:
             x = x * jnp.asarray(config.embedding_multiplier, x.dtype)
+        if parallel is not None and caches is None:
+            x = parallel.constrain(x)
         rope = make_rope(config.rope, config.head_width)
         call = functools.partial(
             _call_layer,

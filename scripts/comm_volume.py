@@ -7,9 +7,9 @@ tokens are split) of one sequence with the heads of an 8B model, compiled and ne
 forward and backward; gradients of the mechanism's own parameters, which data parallelism sums as
 well, are in "both and parameters" only. The strategy "automatic" is the mechanism as it is, with
 split inputs, left to the compiler: at least these bytes, since it puts collectives into loops whose
-length depends on data, and these count once. The counting rule is that of ``collective_bytes.py``. Numbers
-are float32, because the CPU compiler widens collectives of bfloat16 to it: with bfloat16 on an
-accelerator half of the bytes move.
+length depends on data, and these count once. The counting rule is that of
+``collective_bytes.py``. Numbers are float32, because the CPU compiler widens collectives of
+bfloat16 to it: with bfloat16 on an accelerator half of the bytes move.
 
 The "union" row is measured by running NSA on random heads: the share of the blocks of earlier
 devices that a device's queries select.

@@ -306,7 +306,9 @@ def print_placement(console: Console, params: Any) -> None:
     for column in ("name", "arrays", "shape", "split over", "MiB"):
         table.add_column(column, justify="right" if column in ("arrays", "MiB") else "left")
     for group in describe_placement(params):
-        axes = ", ".join(axis or "-" for axis in group.axes)
+        axes = ", ".join(
+            axis or "-" if isinstance(axis, str | None) else "*".join(axis) for axis in group.axes
+        )
         sizes = ", ".join(map(str, group.shape))
         size = f"{group.bytes_per_device / 2**20:,.2f}"
         table.add_row(group.name, str(group.count), escape(f"[{sizes}]"), f"({axes})", size)

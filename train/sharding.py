@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sparse_attn.parallel import SequenceParallel, zigzag_order
@@ -23,8 +24,9 @@ from train.optimizer import parameter_name
 AXES = ("data", "fsdp", "sequence", "tensor")
 
 # (name pattern, places of the trailing axes); the first match wins, axes before them (stacked
-# layers, kv branches) are not split. Optimizer moments carry the parameter's name, so the same
-# rules place them.
+# layers, kv branches) are not split. What "fsdp" splits is split over "sequence" as well: the
+# devices of a sequence need every weight as much as those of a batch. Optimizer moments carry the
+# parameter's name, so the same rules place them.
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"(^|/)embedding$", ("tensor", "fsdp")),
     (r"(^|/)unembedding$", ("fsdp", "tensor")),
@@ -59,7 +61,10 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             f"mesh {written} = {known} devices, but there are {len(devices)}; change a size, or "
             "set one to -1 to take the rest"
         )
-    return jax.make_mesh(tuple(sizes), AXES, (AxisType.Auto,) * len(AXES), devices=devices)
+    # Neighbours on the interconnect where that is possible, also if an axis of the mesh is no axis
+    # of the pod's torus.
+    grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def check_divisible(
@@ -124,15 +129,25 @@ def tree_shardings(
         if len(axes) > leaf.ndim:
             raise ValueError(f"rule {pattern!r} places {len(axes)} axes, {name} has {leaf.shape}")
         first = leaf.ndim - len(axes)
-        for size, axis in zip(leaf.shape[first:], axes, strict=True):
-            if axis is not None and size % mesh.shape[axis]:
+        places = [_mesh_axes(axis, mesh) for axis in axes]
+        for size, axis in zip(leaf.shape[first:], places, strict=True):
+            parts = math.prod(mesh.shape[one] for one in axis)
+            if size % parts:
                 raise ValueError(
                     f"{name} {leaf.shape}: an axis of {size} cannot be split over "
-                    f"mesh.{axis}={mesh.shape[axis]}; choose a size that divides it"
+                    f"mesh.{'*'.join(axis)}={parts}; choose a size that divides it"
                 )
-        return NamedSharding(mesh, PartitionSpec(*(None,) * first, *axes))
+        spec = [None if not axis else axis[0] if len(axis) == 1 else axis for axis in places]
+        return NamedSharding(mesh, PartitionSpec(*(None,) * first, *spec))
 
     return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def _mesh_axes(axis: str | None, mesh: Mesh) -> tuple[str, ...]:
+    """The mesh axes that split what a rule places on ``axis``."""
+    if axis is None:
+        return ()
+    return ("fsdp", "sequence") if axis == "fsdp" and mesh.shape["sequence"] > 1 else (axis,)
 
 
 def abstract_with(shardings: Any, tree: Any) -> Any:
@@ -147,13 +162,13 @@ def abstract_with(shardings: Any, tree: Any) -> Any:
 @dataclasses.dataclass(frozen=True)
 class Placed:
     """Parameters of one name, in all layers: ``count`` arrays of ``shape``, split by ``axes`` (mesh
-    axis or None for each), with ``bytes_per_device`` of all of them on every device.
+    axis, several of them, or None for each), with ``bytes_per_device`` of all on every device.
     """
 
     name: str
     count: int
     shape: tuple[int, ...]
-    axes: tuple[str | None, ...]
+    axes: tuple[str | tuple[str, ...] | None, ...]
     bytes_per_device: int
 
 
@@ -188,6 +203,11 @@ class Placement:
     batch: NamedSharding
     rows: int
     parallel: SequenceParallel | None = None
+
+    @property
+    def batch_parts(self) -> int:
+        """Parts that the rows of a batch are split into."""
+        return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
 
     def row_share(self) -> tuple[int, int]:
         """Which part of a batch's rows this process reads: (index, number of parts).

@@ -62,14 +62,19 @@ def next_token_loss(
     *,
     chunk: int,
     z_loss: float = 0.0,
+    shards: tuple[int, int] = (1, 1),
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """sum_bt weights_bt * -log softmax(logits(hidden_bt))[targets_bt] and, apart, z_loss *
     sum_bt weights_bt * logsumexp(logits_bt)^2 (PaLM's, which keeps logits from drifting), in at
     least float32.
 
-    At most about ``chunk`` tokens have their logits in memory at a time: longer inputs are worked
-    through in pieces whose logits are computed again on the way back. Differentiable in ``hidden``
-    and in what ``logits`` closes over.
+    At most about ``chunk`` tokens of a device have their logits in memory at a time: longer inputs
+    are worked through in pieces whose logits are computed again on the way back. ``shards``: parts
+    that B and T are split into over devices; a piece holds tokens of every part. Differentiable in
+    ``hidden`` and in what ``logits`` closes over.
+
+    Raises:
+      ValueError: if T cannot be split into its parts.
     """
 
     def piece(hidden: Array, targets: Array, weights: Array) -> tuple[Array, Array]:
@@ -81,15 +86,20 @@ def next_token_loss(
         return jnp.sum(weights * (total - picked)), z_loss * drift
 
     B, T = targets.shape
-    width = max(chunk // B, 1)
-    if width >= T:
+    if T % shards[1]:
+        raise ValueError(f"T={T} cannot be split into {shards[1]} parts; use a multiple")
+    mine = T // shards[1]
+    width = max(chunk // -(-B // shards[0]), 1)
+    if width >= mine:
         return piece(hidden, targets, weights)
-    pieces = -(-T // width)
-    pad = pieces * width - T
+    pieces = -(-mine // width)
+    pad = pieces * width - mine
 
     def cut(array: Array) -> Array:
-        padded = jnp.pad(array, [(0, 0), (0, pad)] + [(0, 0)] * (array.ndim - 2))
-        return jnp.moveaxis(padded.reshape(B, pieces, width, *array.shape[2:]), 1, 0)
+        parts = array.reshape(B, shards[1], mine, *array.shape[2:])
+        padded = jnp.pad(parts, [(0, 0), (0, 0), (0, pad)] + [(0, 0)] * (array.ndim - 2))
+        split = padded.reshape(B, shards[1], pieces, width, *array.shape[2:])
+        return jnp.moveaxis(split, 2, 0)
 
     def add(
         total: tuple[Array, Array], inputs: tuple[Array, Array, Array]
@@ -256,6 +266,7 @@ def make_train_step(config: RunConfig, placement: Placement) -> jax.stages.Wrapp
             batch["weights"],
             chunk=config.loss_chunk,
             z_loss=config.optimizer.z_loss,
+            shards=(placement.batch_parts, placement.mesh.shape["sequence"]),
         )
         aux = output.aux
         loss = summed / tokens

@@ -71,6 +71,14 @@ class SequenceParallel:
         sizes = dict(self.mesh.shape)
         return frozenset(a for a in sizes if a != self.tensor_axis or sizes[a] == 1)
 
+    def constrain(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """``x`` with its rows and tokens where attention takes them from, so that the compiler
+        brings weights to tokens and not tokens to weights. A batch that does not split stays whole.
+        """
+        rows = self.batch_axes if x.shape[0] % self.batch_parts == 0 else ()
+        spec = PartitionSpec(rows, self.sequence_axis)
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
+
     def strategy_of(self, config: MechanismConfig) -> Strategy:
         """The strategy for a mechanism.
 

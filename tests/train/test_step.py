@@ -233,7 +233,7 @@ class Counting(nnx.Module):
         self.table = nnx.Param(0.1 * jax.random.normal(rngs.params(), (V, 4)))
         self.rows = nnx.Variable(jnp.zeros(()))
 
-    def hidden(self, tokens, *, positions, segment_ids, inspect=False):
+    def hidden(self, tokens, *, positions, segment_ids, inspect=False, parallel=None):
         rows = jnp.float32(tokens.shape[0])
         aux = Aux(jnp.float32(0.5), {"seen": rows}, {"rows": rows})
         return HiddenOutput(self.table[...][tokens], None, aux)
