@@ -6,8 +6,8 @@ Every row is one attention call (the mechanism without its projections, which mo
 tokens are split) of one sequence with the heads of an 8B model, compiled and never run. "both" is
 forward and backward; gradients of the mechanism's own parameters, which data parallelism sums as
 well, are in "both and parameters" only. The strategy "automatic" is the mechanism as it is, with
-split inputs, left to the compiler: at least these bytes, since it puts collectives into loops whose
-length depends on data, and these count once. The counting rule is that of
+split inputs, left to the compiler: at least these bytes, since it puts collectives into loops
+whose length depends on data, and these count once. The counting rule is that of
 ``collective_bytes.py``. Numbers are float32, because the CPU compiler widens collectives of
 bfloat16 to it: with bfloat16 on an accelerator half of the bytes move.
 
@@ -21,6 +21,7 @@ import argparse
 import dataclasses
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,20 +51,23 @@ from sparse_attn.types import Heads, HeadShape
 
 DEVICES = 8
 SHAPE = HeadShape(query_heads=32, kv_heads=8, head_width=128, value_width=128, model_width=4096)
-TRAINING: tuple[tuple[MechanismConfig, tuple[str, ...]], ...] = (
-    (Dense(), ("gather", "ring", "ulysses", "automatic")),
-    (Dense(window=4096), ("halo", "gather")),
-    (NSA(), ("halo", "gather", "automatic")),
-    (NSA(shared_kv=True), ("halo", "gather")),
-    (InfLLMV2(), ("gather",)),
-    (MoBA(), ("gather",)),
-    (Seer(), ("gather",)),
-    (HashAttention(), ("gather",)),
-    (DSA(), ("gather",)),
-    (Routing(), ("gather", "replicate")),
+EACH_WAY: tuple[tuple[MechanismConfig, tuple[str, ...]], ...] = (
+    (NSA(), ("halo", "gather")),
+    (Dense(), ("gather", "ring", "ulysses")),
+)
+BOTH_WAYS: tuple[tuple[MechanismConfig, str], ...] = (
+    (Dense(window=4096), "halo"),
+    (MoBA(), "gather"),
+    (InfLLMV2(), "gather"),
+    (HashAttention(), "gather"),
+    (Routing(), "gather"),
+    (DSA(), "gather"),
+    (Seer(), "gather"),
+    (Routing(), "replicate"),
+    (Dense(), "automatic"),
 )
 DECODING: tuple[MechanismConfig, ...] = (
-    *(Dense(), NSA(), InfLLMV2(), MoBA(), Seer(), HashAttention(), DSA()),
+    *(Dense(), NSA(), InfLLMV2(), MoBA(), HashAttention(), DSA(), Seer()),
 )
 
 
@@ -134,10 +138,11 @@ def training_bytes(
 
     def gradients(arrays: Any, state: Any, cotangent: Any) -> Any:
         if parameters:
-            _, pull = jax.vjp(forward, arrays, state)
+            (out, _), pull = jax.vjp(forward, arrays, state)
         else:
-            _, pull = jax.vjp(lambda arrays: forward(arrays, state), arrays)
-        return pull((cotangent, jnp.ones((), jnp.float32)))
+            (out, _), pull = jax.vjp(lambda arrays: forward(arrays, state), arrays)
+        # The output is asked for too: otherwise what moves for it alone would be left out.
+        return out, pull((cotangent, jnp.ones((), jnp.float32)))
 
     arrays = head_shapes(config, shape, tokens, dtype, (by_row, by_branch))
     whole = NamedSharding(mesh, PartitionSpec())
@@ -150,7 +155,8 @@ def training_bytes(
     places = (placed, whole) if parameters else (placed,)
     out = jax.ShapeDtypeStruct((*arrays[0].shape[:3], shape.value_width), arrays[0].dtype)
     out = jax.ShapeDtypeStruct(out.shape, out.dtype, sharding=by_row)
-    text = jax.jit(gradients, out_shardings=places).lower(arrays, state, out).compile().as_text()
+    wanted = jax.jit(gradients, out_shardings=(by_row, places))
+    text = wanted.lower(arrays, state, out).compile().as_text()
     return collective_bytes(text, at_least=strategy == "automatic")
 
 
@@ -271,45 +277,51 @@ def volume(found: dict[str, int]) -> dict[str, Any]:
     return {"bytes": sum(found.values()), **found}
 
 
-def rows(tokens: int, dtype: str, union: int) -> list[dict[str, Any]]:
-    """Everything, printed line by line as it is found."""
-    found: list[dict[str, Any]] = []
+def rows(tokens: int, dtype: str, union: int) -> Iterator[dict[str, Any]]:
+    """Every row, as it is found."""
+    sizes: dict[str, Any] = {"tokens": tokens, "dtype": dtype}
 
-    def add(one: dict[str, Any]) -> None:
-        found.append(one)
-        moved = {kind: f"{one[kind] / 2**20:.2f}" for kind in KINDS if one.get(kind)}
-        print(
-            f"{one['mechanism']:28} {one['strategy']:10} {one['direction']:20} "
-            f"{one.get('bytes', 0) / 2**20:10.3f} MiB  {moved or one.get('wanted_blocks', '')}",
-            flush=True,
+    def trained(config: MechanismConfig, strategy: str, direction: str) -> dict[str, Any]:
+        got = training_bytes(
+            config,
+            strategy,
+            backward=direction != "forward",
+            parameters=direction == "both and parameters",
+            **sizes,
         )
+        return row(config, strategy, direction, **sizes, **volume(got))
 
-    sizes = {"length": tokens, "dtype": dtype}
-    for config, strategies in TRAINING:
+    for config, strategies in EACH_WAY:
         for strategy in strategies:
-            for backward in (False, True):
-                got = training_bytes(
-                    config, strategy, tokens=tokens, dtype=dtype, backward=backward
-                )
-                add(
-                    row(config, strategy, "both" if backward else "forward", **sizes, **volume(got))
-                )
-            if isinstance(config, NSA) and strategy != "automatic":
-                got = training_bytes(
-                    config, strategy, tokens=tokens, dtype=dtype, backward=True, parameters=True
-                )
-                add(row(config, strategy, "both and parameters", **sizes, **volume(got)))
-    for config in DECODING:
+            yield trained(config, strategy, "forward")
+            yield trained(config, strategy, "both")
+            if isinstance(config, NSA):
+                yield trained(config, strategy, "both and parameters")
+    for config in DECODING[:2]:
         for gather in (False, True):
-            got = decoding_bytes(config, tokens=tokens, dtype=dtype, gather=gather)
+            got = decoding_bytes(config, gather=gather, **sizes)
             strategy = "gather" if gather else "in place"
-            add(row(config, strategy, "decode", **sizes, **volume(got)))
+            yield row(config, strategy, "decode", **sizes, **volume(got))
     if union:
-        small = HeadShape(16, 4, 64, 64, 128)
-        each, together = wanted_share(union, small)
+        each, together = wanted_share(union, HeadShape(16, 4, 64, 64, 128))
         columns = {"wanted_blocks": each, "wanted_blocks_any_head": together}
-        add(row(NSA(), "halo", "union", length=union, dtype="float32", **columns))
-    return found
+        yield row(NSA(), "halo", "union", tokens=union, dtype="float32", **columns)
+    for config, strategy in BOTH_WAYS:
+        yield trained(config, strategy, "both")
+    for config in DECODING[2:]:
+        got = decoding_bytes(config, gather=False, **sizes)
+        yield row(config, "in place", "decode", **sizes, **volume(got))
+
+
+def show(one: dict[str, Any]) -> None:
+    """A line of the table."""
+    moved = {kind: f"{one[kind] / 2**20:.3f}" for kind in KINDS if one.get(kind)}
+    wanted = f"wanted {one['wanted_blocks']:.3f}" if "wanted_blocks" in one else ""
+    print(
+        f"{one['mechanism']:20} {one['strategy']:10} {one['direction']:20} "
+        f"{one.get('bytes', 0) / 2**20:10.3f} MiB  {wanted or moved}",
+        flush=True,
+    )
 
 
 def main() -> None:
@@ -321,10 +333,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file to write the rows to")
     arguments = parser.parse_args()
     simulate_devices()
-    found = rows(arguments.length, arguments.dtype, arguments.union)
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+    found = []
+    for one in rows(arguments.length, arguments.dtype, arguments.union):
+        show(one)
+        found.append(one)
+        if arguments.json:
+            arguments.json.parent.mkdir(parents=True, exist_ok=True)
+            arguments.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
+import parallel_cases
 import pytest
 
 from sparse_attn import NSA, POLICIES, Dense, HashAttention, InfLLMV2, Routing
@@ -428,6 +429,34 @@ def test_9_xla_equals_reference_with_poisoned_padding(config, x64):
         kept = np.broadcast_to(~padding[None, :, :, None, None], a.shape) if a.ndim == 5 else None
         a, b = (np.asarray(a), np.asarray(b)) if kept is None else (a[kept], b[kept])
         np.testing.assert_allclose(a, b, atol=1e-11)
+
+
+def split_cases(full):
+    """Configs on simulated devices: the core mechanisms' first variants quickly, the rest in full.
+
+    Registered ones only, whatever they are; a mechanism that is added is covered.
+    """
+    for name, config in CONFIGS:
+        core = isinstance(config, CORE) and name.endswith("-0")
+        few = isinstance(config, Dense | NSA)
+        quick = (8, 2) if core and few else (8,) if core else ()
+        for sequence in (1, 2, 4, 8):
+            if (sequence in quick) != full:
+                yield parallel_cases.Case(name, sequence=sequence)
+
+
+@pytest.mark.parametrize("full", [False, pytest.param(True, marks=pytest.mark.full)])
+def test_10_sequences_split_over_devices_equal_one_device(full):
+    cases = list(split_cases(full))
+    for case, found in zip(cases, parallel_cases.compare(cases), strict=True):
+        for what in ("output", "gradients", "parameters", "loss", "statistics"):
+            assert found[what] < 1e-12, (case, what, found)
+        assert found["selects_the_same"] in (True, None), case
+        assert found["selects_the_same"] or not is_selecting(case.config), case
+
+
+def is_selecting(name):
+    return not isinstance(dict(CONFIGS)[name], Dense)
 
 
 @core_mechanisms
