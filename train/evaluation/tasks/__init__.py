@@ -13,15 +13,22 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from train.evaluation.tasks import needles
+from train.evaluation.tasks import counting, needles, questions, recall, stories, tracing
 from train.evaluation.tasks.haystack import Haystack, Noise, Text, find_haystack, held_out_text
 from train.evaluation.tasks.sample import Prompt, Sample, evidence_tokens, prompt_tokens
-from train.evaluation.tasks.task import Request, Task, fill
+from train.evaluation.tasks.task import Draft, ExhaustedError, Request, Task, fill
 
 if TYPE_CHECKING:
     from train.tokenizer import Tokenizer
 
-TASKS: dict[str, Task] = {**needles.TASKS}
+TASKS: dict[str, Task] = {
+    **needles.TASKS,
+    **tracing.TASKS,
+    **counting.TASKS,
+    **questions.TASKS,
+    **recall.TASKS,
+    **stories.TASKS,
+}
 
 
 def make_sample(
@@ -82,6 +89,8 @@ def _find(task: str) -> Task:
 
 __all__ = [
     "TASKS",
+    "Draft",
+    "ExhaustedError",
     "Haystack",
     "Noise",
     "Prompt",

@@ -57,7 +57,7 @@ class Needles:
         around = [*map(Piece, hay), *map(Piece, needles[len(hidden) :])]
         separator = "\n" if self.distractors else request.haystack.separator
         places = self._places(rng, len(hidden), len(around), separator == " ", request.depth)
-        pieces = _insert(around, hidden, places)
+        pieces = insert(around, hidden, places)
         context, evidence = join(pieces, separator, before=self._announcement())
         return Draft(
             context + "\n",
@@ -104,7 +104,11 @@ class Needles:
         return np.round(depths * pieces).astype(int).tolist()
 
 
-def _insert(around: list[Piece], hidden: list[Piece], places: list[int]) -> list[Piece]:
+def insert(around: list[Piece], hidden: list[Piece], places: list[int]) -> list[Piece]:
+    """``hidden`` among ``around``, each behind as many of them as its place says.
+
+    Those with equal places stay in their order.
+    """
     found, taken = [], 0
     for place, needle in sorted(zip(places, hidden, strict=True), key=lambda pair: pair[0]):
         found += [*around[taken:place], needle]

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from train.evaluation.tasks.sample import Sample
 
 _CONTROL = re.compile(r"[\x00-\x1f]")
+_WORD = re.compile(r"[\w-]+")
 
 
 def clean(prediction: str) -> str:
@@ -41,3 +42,23 @@ def all_answers(prediction: str, sample: Sample) -> float:
 def any_answer(prediction: str, sample: Sample) -> float:
     """:func:`string_match_part` of a sample's answers."""
     return string_match_part(prediction, sample.answers)
+
+
+def begins_with_answer(prediction: str, sample: Sample) -> float:
+    """1 if the generated words begin with the one answer, whatever case and punctuation."""
+    (answer,) = map(_words, sample.answers)
+    return float(_words(prediction)[: len(answer)] == answer)
+
+
+def leading_words(prediction: str, sample: Sample) -> float:
+    """Words of the one answer that are generated before the first wrong one, as a share."""
+    (answer,) = map(_words, sample.answers)
+    said = _words(prediction)
+    right = 0
+    while right < min(len(answer), len(said)) and answer[right] == said[right]:
+        right += 1
+    return right / len(answer)
+
+
+def _words(text: str) -> list[str]:
+    return _WORD.findall(text.lower())

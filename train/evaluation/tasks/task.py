@@ -41,6 +41,10 @@ class Request:
         return np.random.default_rng([self.seed, zlib.crc32(f"{self.task}/{purpose}".encode())])
 
 
+class ExhaustedError(ValueError):
+    """A task has not as much material as was asked for."""
+
+
 class Draft(NamedTuple):
     """A sample before it is known whether it fits; fields as in :class:`Sample`."""
 
@@ -78,9 +82,10 @@ def fill(task: Task, request: Request, tokenizer: Tokenizer, answer_tokens: int)
 
     Raises:
       ValueError: if the smallest sample does not fit.
+      ExhaustedError: if there is not enough material to fill the length.
     """
 
-    def sample(size: int) -> tuple[Sample, int]:
+    def fits(size: int) -> Sample | None:
         draft = task.build(dataclasses.replace(request, size=size))
         made = Sample(
             request.task,
@@ -92,26 +97,45 @@ def fill(task: Task, request: Request, tokenizer: Tokenizer, answer_tokens: int)
             request.length,
             answer_tokens,
         )
-        return made, len(prompt_tokens(made, tokenizer).tokens) + answer_tokens
+        used = len(prompt_tokens(made, tokenizer).tokens) + answer_tokens
+        if used <= request.length:
+            return made
+        if size == task.smallest:
+            raise ValueError(
+                f"task {request.task!r}, seed {request.seed}: the smallest sample takes {used} "
+                f"tokens, {answer_tokens} of them for the answer, which is over "
+                f"length={request.length}; use a larger length or fewer answer_tokens"
+            )
+        return None
 
-    best, used = sample(task.smallest)
-    if used > request.length:
-        raise ValueError(
-            f"task {request.task!r}, seed {request.seed}: the smallest sample takes {used} tokens, "
-            f"{answer_tokens} of them for the answer, which is over length={request.length}; "
-            "use a larger length or fewer answer_tokens"
-        )
-    low, high = task.smallest, 2 * task.smallest
-    while True:
-        tried, used = sample(high)
-        if used > request.length:
-            break
-        best, low, high = tried, high, 2 * high
+    return _largest(fits, task.smallest)
+
+
+def _largest(fits: Callable[[int], Sample | None], smallest: int) -> Sample:
+    """The sample of the largest size that fits; ``smallest`` does.
+
+    Doubling may ask for more material than there is although what fits needs less.
+    """
+    lacking: dict[int, ExhaustedError] = {}
+
+    def tried(size: int) -> Sample | None:
+        try:
+            return fits(size)
+        except ExhaustedError as error:
+            lacking[size] = error
+            return None
+
+    best = fits(smallest)
+    assert best is not None
+    low, high = smallest, max(1, 2 * smallest)
+    while (larger := tried(high)) is not None:
+        best, low, high = larger, high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
-        tried, used = sample(middle)
-        if used > request.length:
+        if (larger := tried(middle)) is None:
             high = middle
         else:
-            best, low = tried, middle
+            best, low = larger, middle
+    if high in lacking:
+        raise lacking[high]
     return best

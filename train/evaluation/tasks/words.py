@@ -59,10 +59,21 @@ window winter wolf woodland workshop yacht zebra
 
 
 @functools.cache
+def adjectives() -> tuple[str, ...]:
+    """Common English adjectives, sorted."""
+    return tuple(sorted(_ADJECTIVES.split()))
+
+
+@functools.cache
+def nouns() -> tuple[str, ...]:
+    """Common English nouns, sorted."""
+    return tuple(sorted(_NOUNS.split()))
+
+
+@functools.cache
 def keys() -> tuple[str, ...]:
-    """Every ``adjective-noun``, each made of two common English words."""
-    nouns = sorted(set(_NOUNS.split()))
-    return tuple(f"{word}-{noun}" for word in sorted(set(_ADJECTIVES.split())) for noun in nouns)
+    """Every ``adjective-noun``."""
+    return tuple(f"{adjective}-{noun}" for adjective in adjectives() for noun in nouns())
 
 
 def draw(kind: Kind, count: int, rng: np.random.Generator, without: str = "") -> list[str]:

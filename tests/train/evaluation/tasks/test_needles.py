@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 
 from train.evaluation.tasks import TASKS, make_sample, words
@@ -80,9 +81,7 @@ def test_keys_do_not_depend_on_the_length(smollm2, text):
     assert sorted(needles(short)) == sorted(needles(long))
 
 
-def test_drawn_strings_are_different_and_absent(smollm2):
-    import numpy as np
-
+def test_drawn_strings_are_different_and_absent():
     for kind in ("words", "numbers", "uuids"):
         drawn = words.draw(kind, 500, np.random.default_rng(0))
         assert len(set(drawn)) == 500
