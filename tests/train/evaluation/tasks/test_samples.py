@@ -13,7 +13,7 @@ from train.tokenizer import ByteTokenizer
 # What qa_1 and qa_2 read need not be installed; they are in test_questions.py.
 every_task = pytest.mark.parametrize("task", sorted({*TASKS} - {"qa_1", "qa_2"}))
 # Above every task's smallest sample: bytes, and tokens of about four bytes.
-LENGTHS = {"bytes": (3000, 8000), "smollm2": (1100, 4500)}
+LENGTHS = {"bytes": (3000, 4000), "smollm2": (1100, 4500)}
 draws = hypothesis.given(
     seed=st.integers(0, 2**31), share=st.floats(0, 1), vocabulary=st.sampled_from(sorted(LENGTHS))
 )
