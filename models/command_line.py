@@ -14,13 +14,15 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tyro
 
 if TYPE_CHECKING:
+    from models.config import ModelConfig
+    from models.loading.mapping import MappingFile
     from models.transformer import Decoder
     from train.tokenizer import Tokenizer
 
@@ -42,8 +44,11 @@ class Arguments:
     attention: str = ""
     """Attend by this mechanism or policy instead: NAME or NAME:FIELD=VALUE,... such as
     quest:budget=64."""
+    mapping: str = ""
+    """A mapping file (python -m models.export_mapping): attend by what it learnt. With --attention,
+    by that mechanism with the file's mappings, such as hash:budget=64."""
     dense_layers: tuple[int, ...] = ()
-    """Layers that stay dense although --attention is given."""
+    """Layers that stay dense although --attention or --mapping is given."""
     temperature: float = 0.0
     """0 is greedy."""
     top_k: int = 0
@@ -133,34 +138,46 @@ def open_model(arguments: Arguments) -> tuple[Decoder, Tokenizer]:
       ValueError: if the mechanism is unknown or does not fit, or there is no tokenizer.
       FileNotFoundError: if there is no such model.
     """
+    from models.loading import read_mapping
+    from sparse_attn.registry import parse_mechanism
     from train.checkpoint import is_run
 
-    changes: dict[str, Any] = {}
-    if arguments.attention:
-        from sparse_attn.registry import parse_mechanism
+    attention = parse_mechanism(arguments.attention) if arguments.attention else None
+    learnt = read_mapping(arguments.mapping) if arguments.mapping else None
 
-        attention = parse_mechanism(arguments.attention)
-        changes = {"attention": attention, "attention_overrides": ()}
-    if arguments.dense_layers:
-        changes["dense_layers"] = arguments.dense_layers
-    if arguments.dtype:
-        changes |= {"param_dtype": arguments.dtype, "compute_dtype": arguments.dtype}
+    def changed(config: ModelConfig) -> ModelConfig:
+        if arguments.dense_layers:
+            config = dataclasses.replace(config, dense_layers=arguments.dense_layers)
+        if arguments.dtype:
+            dtype: Any = arguments.dtype
+            config = dataclasses.replace(config, param_dtype=dtype, compute_dtype=dtype)
+        if learnt is not None:
+            return learnt.configured(config, attention)
+        if attention is not None:
+            return dataclasses.replace(config, attention=attention, attention_overrides=())
+        return config
+
     if is_run(arguments.model):
-        return _open_run(arguments.model, changes)
+        return _open_run(arguments.model, changed, learnt)
 
     from models import load, load_config
 
-    config = dataclasses.replace(load_config(arguments.model), **changes)
-    loaded = load(arguments.model, config=config)
+    config = changed(load_config(arguments.model))
+    loaded = load(
+        arguments.model, config=config, attention=attention, mapping=arguments.mapping or None
+    )
     if loaded.tokenizer is None:
         raise ValueError(f"{arguments.model} comes without a tokenizer; add its tokenizer.json")
     return loaded.decoder, loaded.tokenizer
 
 
-def _open_run(folder: str, changes: dict[str, Any]) -> tuple[Decoder, Tokenizer]:
-    """The newest checkpoint of a run, upcycled where ``changes`` ask for other attention."""
+def _open_run(
+    folder: str, changed: Callable[[ModelConfig], ModelConfig], learnt: MappingFile | None
+) -> tuple[Decoder, Tokenizer]:
+    """The newest checkpoint of a run, upcycled where other attention is asked for."""
     from flax import nnx
 
+    from models.loading.mapping import with_mapping
     from models.transformer import split
     from models.upcycle import upcycle
     from train.checkpoint import load_decoder
@@ -168,10 +185,12 @@ def _open_run(folder: str, changes: dict[str, Any]) -> tuple[Decoder, Tokenizer]
     from train.tokenizer import load_tokenizer
 
     decoder, config, _ = load_decoder(folder)
-    if changes:
+    wanted = changed(config.model)
+    if wanted != config.model:
         _, params, state = split(decoder)
-        wanted = dataclasses.replace(config.model, **changes)
         decoder = upcycle(params, config.model, wanted, rngs=nnx.Rngs(0), state=state)
+    if learnt is not None:
+        decoder = with_mapping(decoder, learnt)
     return decoder, load_tokenizer(Path(folder) / TOKENIZER_FOLDER)
 
 

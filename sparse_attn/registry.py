@@ -176,3 +176,17 @@ def parse_mechanism(
         return kind(**values)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{text!r}: {error}") from error
+
+
+def mechanism_text(config: MechanismConfig) -> str:
+    """``NAME:FIELD=VALUE,...`` with every field: what :func:`parse_mechanism` reads back.
+
+    Raises:
+      ValueError: if the config's type is not registered.
+    """
+    for name, kind in (MECHANISMS | POLICIES).items():
+        if kind is type(config):
+            fields = dataclasses.fields(config)  # type: ignore[arg-type]
+            settings = (f"{field.name}={getattr(config, field.name)!r}" for field in fields)
+            return f"{name}:{','.join(settings)}"
+    raise ValueError(f"{config!r} has no name: its type is not registered")

@@ -10,5 +10,6 @@ tensors, :mod:`.sources` and :mod:`.gguf_file` read the containers.
 
 from models.loading.api import Loaded, load, load_config
 from models.loading.export import export
+from models.loading.mapping import read_mapping, save_mapping
 
-__all__ = ["Loaded", "export", "load", "load_config"]
+__all__ = ["Loaded", "export", "load", "load_config", "read_mapping", "save_mapping"]

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from models.config import DtypeName, ModelConfig, Run
 from models.loading import layout
 from models.loading.families import read_settings
+from models.loading.mapping import read_mapping
 from models.loading.sources import Checkpoint, open_checkpoint
 from models.transformer import Decoder, Tree, abstract, merge
 from sparse_attn.registry import MechanismConfig, build_mechanism
@@ -46,6 +47,7 @@ def load(
     *,
     config: ModelConfig | None = None,
     attention: MechanismConfig | None = None,
+    mapping: str | os.PathLike | None = None,
     dtype: DtypeName | None = None,
     mesh: Mesh | None = None,
     rules: Sequence[tuple[str, tuple[str | None, ...]]] | None = None,
@@ -65,6 +67,8 @@ def load(
         of single layers); None takes the checkpoint's, with one module a layer.
       attention: the mechanism of every layer instead of the configuration's. Its own parameters
         start as close to dense attention as they can, K and V are copied to its branches.
+      mapping: a mapping file (:mod:`models.loading.mapping`): its mechanism and what it learnt.
+        With ``attention`` as well, that mechanism with the file's mappings: another budget, say.
       dtype: of parameters and activations; None keeps ``config``'s (float32 by default).
       mesh: where to put the parameters; None is the default device.
       rules: sharding rules for ``mesh``; None takes those of :mod:`train.sharding`.
@@ -75,12 +79,15 @@ def load(
     Raises:
       FileNotFoundError: if there is no such checkpoint; the message says what to install.
       ValueError: if the checkpoint is of another kind, or tensors are missing, unexpected or of
-        another shape; names and shapes are listed.
+        another shape; names and shapes are listed. Likewise if the mapping file does not fit.
     """
     checkpoint = open_checkpoint(source)
     if config is None:
         config = read_settings(checkpoint.settings, context=context)
-    if attention is not None:
+    learnt = None if mapping is None else read_mapping(mapping)
+    if learnt is not None:
+        config = learnt.configured(config, attention)
+    elif attention is not None:
         config = dataclasses.replace(config, attention=attention, attention_overrides=())
     if dtype is not None:
         config = dataclasses.replace(config, param_dtype=dtype, compute_dtype=dtype)
@@ -88,6 +95,8 @@ def load(
     wanted = layout.parameters(config, params)
     layout.check(wanted, checkpoint.shapes, config, str(checkpoint.path))
     params, state = _with_mechanisms(config, params, state, seed)
+    if learnt is not None:
+        params = learnt.put_into(params, config)
     places = _shardings((params, state), mesh, rules)
     params, state = _placed((params, state), places)
     _read(checkpoint, wanted, params, places)

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from configs.tiny import config as tiny
-from models import command_line
+from models import command_line, export_mapping
 from models.text import Continuation, generate_text
-from sparse_attn import Dense
+from sparse_attn import Dense, HashAttention
 from train.checkpoint import Checkpoints
-from train.config import TOKENIZER_FOLDER, save_run_config
+from train.config import TOKENIZER_FOLDER, load_run_config, save_run_config
 from train.loop import plan
 from train.step import make_state
 from train.tokenizer import ByteTokenizer
@@ -122,6 +122,32 @@ def test_the_command_line_continues_a_run_with_any_mechanism(run_folder, capsys)
     several = call("--prompt", "My fellow", "We")
     assert several.out.startswith("[0] " + plain.out.rstrip("\n"))
     assert "[1] " in several.out
+
+
+def test_a_mapping_file_goes_from_a_run_to_the_command_line(run_folder, tmp_path, capsys):
+    target, file = tmp_path / "hash", tmp_path / "mapping.safetensors"
+    config = load_run_config(run_folder)
+    attention = HashAttention(bits=8, hidden=8, budget=64)
+    model = dataclasses.replace(config.model, attention=attention)
+    config = dataclasses.replace(config, model=model, run_dir=str(target), init_from="base")
+    with Checkpoints(target, keep=1) as checkpoints:
+        checkpoints.save(1, make_state(config, plan(config)[1]), None, config)
+    assert export_mapping.main([str(target), "--to", str(file)]) == 0
+    assert "step 1" in capsys.readouterr().out
+
+    def call(*extra):
+        flags = ("--model", str(run_folder), "--max-new-tokens", "4", "--prompt", "My fellow")
+        assert command_line.main((*flags, *extra)) == 0
+        return capsys.readouterr().out
+
+    # A budget of 64 keys covers the prompt.
+    assert call("--mapping", str(file)) == call()
+    call("--mapping", str(file), "--attention", "hash:bits=8,hidden=8,budget=1,sinks=0,recent=1")
+    flags = ("--model", str(run_folder), "--prompt", "a", "--mapping", str(file))
+    assert command_line.main((*flags, "--attention", "quest")) == 2
+    assert "holds mappings of HashAttention" in capsys.readouterr().err
+    assert export_mapping.main([str(run_folder), "--to", str(file)]) == 2
+    assert "Dense has learnt nothing" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
