@@ -138,9 +138,7 @@ class Decoder(nnx.Module):
         """The same call without the logits, so that a loss can be computed in pieces."""
         config = self.config
         _check_tokens(tokens, caches, config)
-        x = self.embedding[...][tokens].astype(jnp.dtype(config.compute_dtype))
-        if config.embedding_multiplier != 1.0:
-            x = x * jnp.asarray(config.embedding_multiplier, x.dtype)
+        x = self.embed(tokens)
         if parallel is not None and caches is None:
             x = parallel.constrain(x)
         rope = make_rope(config.rope, config.head_width)
@@ -160,6 +158,14 @@ class Decoder(nnx.Module):
             x, new_caches, auxes = self._with_caches(x, tuple(caches), call)
         aux, selections = _combine(config, auxes, inspect)
         return HiddenOutput(self.final_norm(x), new_caches, aux, selections)
+
+    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """What goes into the first layer."""
+        config = self.config
+        x = self.embedding[...][tokens].astype(jnp.dtype(config.compute_dtype))
+        if config.embedding_multiplier != 1.0:
+            x = x * jnp.asarray(config.embedding_multiplier, x.dtype)
+        return x
 
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Scores over the vocabulary, products in the compute dtype, at least float32."""

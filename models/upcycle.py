@@ -18,6 +18,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from models.config import ModelConfig
+from models.loading.mapping import MappingFile
 from models.transformer import Decoder, Tree, abstract, merge, split
 
 _BRANCHED = ("k", "v", "k_bias", "v_bias")
@@ -55,16 +56,7 @@ def upcycle(
       ValueError: if ``params`` are not those of ``config``, ``target`` has other sizes, or a layer
         would have to turn several K/V branches into fewer.
     """
-    different = [
-        f"{field.name}: {getattr(config, field.name)!r} -> {getattr(target, field.name)!r}"
-        for field in dataclasses.fields(config)
-        if field.name not in _FREE and getattr(config, field.name) != getattr(target, field.name)
-    ]
-    if different:
-        raise ValueError(
-            f"a model of other sizes cannot be continued: {'; '.join(different)}; only attention, "
-            "rope, dtypes and the grouping of layers may change"
-        )
+    _check_same_sizes(config, target)
     graphdef, expected, expected_state = abstract(config)
     _check_params(params, expected)
     if state is None:
@@ -93,6 +85,50 @@ def upcycle(
     return decoder.stacked() if target.scan_layers else decoder
 
 
+def attending(decoder: Decoder, target: ModelConfig, mapping: MappingFile | None = None) -> Decoder:
+    """``decoder`` with the attention of ``target``, on the same arrays: nothing is copied.
+
+    For trying policies and mappings on one model. What the new mechanisms learnt comes from
+    ``mapping``; their other variables start at 0.
+
+    Raises:
+      ValueError: if the two differ in more than attention and grouping of layers, or a mechanism
+        has parameters that ``mapping`` does not hold.
+    """
+    decoder = decoder.unstacked()
+    target = dataclasses.replace(target, scan_layers=False)
+    _check_same_sizes(decoder.config, target)
+    graphdef, shapes, state_shapes = abstract(target)
+    params = _overlay(shapes, split(decoder)[1])
+    if mapping is not None:
+        params = mapping.put_into(params, target)
+    open_names = [
+        jax.tree_util.keystr(path, simple=True, separator=".")
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+        if isinstance(leaf, jax.ShapeDtypeStruct)
+    ]
+    if open_names:
+        raise ValueError(
+            f"{target.attention} has parameters that the decoder does not have, such as "
+            f"{open_names[0]}; give the mapping file that holds them"
+        )
+    state = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state_shapes)
+    return merge(graphdef, params, state)
+
+
+def _check_same_sizes(config: ModelConfig, target: ModelConfig) -> None:
+    different = [
+        f"{field.name}: {getattr(config, field.name)!r} -> {getattr(target, field.name)!r}"
+        for field in dataclasses.fields(config)
+        if field.name not in _FREE and getattr(config, field.name) != getattr(target, field.name)
+    ]
+    if different:
+        raise ValueError(
+            f"a model of other sizes cannot be continued: {'; '.join(different)}; only attention, "
+            "rope, dtypes and the grouping of layers may change"
+        )
+
+
 def _overlay(target: Tree, source: Tree) -> Tree:
     """``target`` with every leaf that ``source`` has too; K and V repeated over their branches."""
     result = {}
@@ -110,6 +146,8 @@ def _overlay(target: Tree, source: Tree) -> Tree:
 
 def _repeat(one: Array, like: Array) -> Array:
     """[1, ...] -> [R, ...], copies (each branch is trained on its own); [R, ...] stays."""
+    if one.shape == like.shape:
+        return one
     return jnp.repeat(one, like.shape[0] // one.shape[0], axis=0)
 
 
