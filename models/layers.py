@@ -81,16 +81,7 @@ class Attention(nnx.Module):
         inspect: bool = False,
         parallel: SequenceParallel | None = None,
     ) -> tuple[Float[Array, "B T D"], Any, Aux]:
-        dtype = x.dtype
-        q = jnp.einsum("BTD,DNH->BTNH", x, self.q[...].astype(dtype))
-        k = jnp.einsum("BTD,RDKH->RBTKH", x, self.k[...].astype(dtype))
-        v = jnp.einsum("BTD,RDKH->RBTKH", x, self.v[...].astype(dtype))
-        if self.config.qkv_bias:
-            q = q + self.q_bias[...].astype(dtype)[None, None]
-            k = k + self.k_bias[...].astype(dtype)[:, None, None]
-            v = v + self.v_bias[...].astype(dtype)[:, None, None]
-        if self.config.query_key_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = self.heads(x)
         mechanism: Any = self.mechanism
         if parallel is not None:
             mechanism = partial(parallel_call, mechanism, parallel=parallel)
@@ -102,7 +93,23 @@ class Attention(nnx.Module):
             attend=attend,
             inspect=inspect,
         )
-        return jnp.einsum("BTNH,NHD->BTD", out, self.o[...].astype(dtype)), cache, aux
+        return jnp.einsum("BTNH,NHD->BTD", out, self.o[...].astype(x.dtype)), cache, aux
+
+    def heads(
+        self, x: Float[Array, "B T D"]
+    ) -> tuple[Float[Array, "B T N H"], Float[Array, "R B T K H"], Float[Array, "R B T K Hv"]]:
+        """Queries, keys and values, not rotated yet."""
+        dtype = x.dtype
+        q = jnp.einsum("BTD,DNH->BTNH", x, self.q[...].astype(dtype))
+        k = jnp.einsum("BTD,RDKH->RBTKH", x, self.k[...].astype(dtype))
+        v = jnp.einsum("BTD,RDKH->RBTKH", x, self.v[...].astype(dtype))
+        if self.config.qkv_bias:
+            q = q + self.q_bias[...].astype(dtype)[None, None]
+            k = k + self.k_bias[...].astype(dtype)[:, None, None]
+            v = v + self.v_bias[...].astype(dtype)[:, None, None]
+        if self.config.query_key_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return q, k, v
 
 
 class SwiGLU(nnx.Module):

@@ -51,13 +51,15 @@ class HiddenOutput:
     ``caches`` holds one cache a layer (None without). ``aux``: loss summed over layers, metrics
     averaged over the layers that report them, statistics ``layers.<run>.<name>`` with a leading
     axis over the layers of that run. ``selections``: with ``inspect=True`` one entry a layer, None
-    for a layer that does not select; else empty.
+    for a layer that does not select; else empty. ``layer_metrics``: with ``inspect=True`` the
+    metrics before averaging, ``<name>.<layer>``; else empty.
     """
 
     hidden: Float[Array, "B T D"]
     caches: tuple[Any, ...] | None
     aux: Aux
     selections: tuple[Selection | None, ...] = ()
+    layer_metrics: dict[str, Float[Array, ""]] = dataclasses.field(default_factory=dict)
 
 
 @jax.tree_util.register_dataclass
@@ -157,7 +159,8 @@ class Decoder(nnx.Module):
         else:
             x, new_caches, auxes = self._with_caches(x, tuple(caches), call)
         aux, selections = _combine(config, auxes, inspect)
-        return HiddenOutput(self.final_norm(x), new_caches, aux, selections)
+        by_layer = _by_layer(config, auxes) if inspect else {}
+        return HiddenOutput(self.final_norm(x), new_caches, aux, selections, by_layer)
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """What goes into the first layer."""
@@ -361,6 +364,16 @@ def _combine(
                 [per_layer[run.first + i, name] for i in range(run.count)]
             )
     return Aux(loss=loss, metrics=metrics, statistics=statistics), selections
+
+
+def _by_layer(config: ModelConfig, auxes: list[Aux]) -> dict[str, Array]:
+    """The metrics of single layers, ``<name>.<layer>``."""
+    return {
+        f"{name}.{run.first + i}": values[i]
+        for run, aux in zip(config.runs, auxes, strict=True)
+        for name, values in aux.metrics.items()
+        for i in range(run.count)
+    }
 
 
 def _update_stacked(layer: Layer, statistics: dict[str, Array]) -> None:

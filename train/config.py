@@ -298,6 +298,11 @@ class RunConfig:
                 f"data.length_bins={self.data.length_bins} ends above "
                 f"sequence_length={self.sequence_length}; no piece can be longer than a row"
             )
+        if 0 < self.data.positions_up_to < self.sequence_length:
+            raise ValueError(
+                f"data.positions_up_to={self.data.positions_up_to} is less than "
+                f"sequence_length={self.sequence_length}; a row has as many positions as that"
+            )
         alignment = self.model.alignment
         if self.sequence_length % alignment:
             raise ValueError(

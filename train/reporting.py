@@ -22,6 +22,7 @@ from rich.table import Table
 from train.config import RunConfig, UserError, flatten
 from train.flops import TokenFlops
 from train.sharding import describe_placement
+from train.step import LAYER_RECALL
 
 METRICS_FILE = "metrics.jsonl"
 LOSS_CURVE_FILE = "loss.png"
@@ -170,6 +171,17 @@ class Display:
                 highlight=False,
             )
 
+    def layers(self, step: int, values: dict[str, float]) -> None:
+        """Show the recall of single layers, if it was measured at this step."""
+        found = {
+            int(name.removeprefix(LAYER_RECALL)): value
+            for name, value in values.items()
+            if name.startswith(LAYER_RECALL)
+        }
+        if self._enabled and found:
+            listed = "  ".join(f"{layer} {found[layer]:.2f}" for layer in sorted(found))
+            self._console.print(f"step {step}  recall by layer:  {listed}", highlight=False)
+
 
 class Clock:
     """Seconds since training began in this process, and the speed of about the last ten steps.
@@ -252,6 +264,7 @@ class Log:
         """Show that ``step`` is done; ``write``: its values get a line."""
         timing = self._clock.tick(values["tokens"])
         self._display.update(step, values["loss"], timing["tokens_per_second"])
+        self._display.layers(step, values)
         if write and self._file and self._wandb:
             row = {"step": step, **values, **timing}
             self._file.write(row)

@@ -26,6 +26,9 @@ from train.sharding import (
 Batch = dict[str, Array]
 Metrics = dict[str, Float[Array, ""]]
 
+LAYER_RECALL = "recall_beyond."
+"""What inspection reports of single layers begins with it; the layer number follows."""
+
 # What a batch holds, each [B, T]: see train.packing.build_row.
 BATCH_DTYPES = {
     "tokens": jnp.int32,
@@ -333,7 +336,8 @@ def make_inspection(config: RunConfig, placement: Placement) -> jax.stages.Wrapp
 
     One row of the batch, drawn by the run's key and the step, goes through the decoder with
     ``inspect=True``; its metrics are recall and captured mass on a few sampled positions, averaged
-    over layers. Nothing is trained by it.
+    over layers, and ``recall_beyond.<layer>`` of every layer that selects. Nothing is trained by
+    it.
     """
     graphdef, _, _ = abstract(config.model)
 
@@ -349,6 +353,8 @@ def make_inspection(config: RunConfig, placement: Placement) -> jax.stages.Wrapp
             inspect=True,
             parallel=placement.parallel,
         )
-        return {name: jnp.asarray(value, jnp.float32) for name, value in output.aux.metrics.items()}
+        layers = {k: v for k, v in output.layer_metrics.items() if k.startswith(LAYER_RECALL)}
+        metrics = output.aux.metrics | layers
+        return {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
 
     return jax.jit(inspect, in_shardings=(placement.state, placement.batch))

@@ -371,6 +371,19 @@ def test_packed_documents_equal_documents_alone():
     assert np.isfinite(logits).all()
 
 
+def test_inspect_reports_single_layers():
+    decoder = make(tiny(attention=SPARSE, layers=3, dense_layers=(0,)))
+    graphdef, params, state = split(decoder)
+    call = jax.jit(lambda tokens: merge(graphdef, params, state).hidden(tokens, inspect=True))
+    output = call(make_tokens())
+    by_layer = output.layer_metrics
+    assert {name.rpartition(".")[2] for name in by_layer} == {"1", "2"}
+    for name, mean in output.aux.metrics.items():
+        one, two = by_layer[f"{name}.1"], by_layer[f"{name}.2"]
+        np.testing.assert_allclose(mean, (one + two) / 2, rtol=1e-6)
+    assert decoder.hidden(make_tokens()[:, :8]).layer_metrics == {}
+
+
 def test_inspect_returns_one_selection_a_layer():
     tokens = make_tokens()
     decoder = make(tiny(attention=SPARSE, layers=3, dense_layers=(0,)))

@@ -10,9 +10,11 @@ import pytest
 from flax import nnx
 
 from models.transformer import Decoder, ModelConfig, merge, split
-from models.upcycle import upcycle
+from models.upcycle import attending, upcycle
 from sparse_attn.dense import Dense
+from sparse_attn.hash_attention import HashAttention
 from sparse_attn.nsa import NSA
+from sparse_attn.policies import OracleTopK
 
 SPARSE = dataclasses.replace(NSA.tiny()[0], implementation="reference")
 CONFIG = ModelConfig(
@@ -126,6 +128,18 @@ def test_a_model_continues_as_itself(dense, dense_logits):
     fewer = dataclasses.replace(SPARSE, selected_blocks=3)
     shorter = upcycle(params, sparse.config, continued(fewer), rngs=fresh(), state=state)
     jax.tree.map(np.testing.assert_array_equal, split(shorter)[1], params)
+
+
+def test_other_attention_on_the_same_arrays(dense, dense_logits):
+    covered = attending(dense, continued(OracleTopK(budget=T)))
+    np.testing.assert_allclose(logits(covered), dense_logits, rtol=1e-4, atol=1e-4)
+    ours, theirs = (split(decoder.unstacked())[1] for decoder in (covered, dense))
+    assert ours["embedding"] is theirs["embedding"]
+    assert logits(attending(dense, continued(OracleTopK(budget=1)))).shape == dense_logits.shape
+    with pytest.raises(ValueError, match=r"layers\.0\.attention\.mechanism\.phi_k.* mapping file"):
+        attending(dense, continued(HashAttention.tiny()[0]))
+    with pytest.raises(ValueError, match="mlp_width: 48 -> 64"):
+        attending(dense, dataclasses.replace(CONFIG, mlp_width=64))
 
 
 def test_wrong_parameters_are_refused(dense):

@@ -119,6 +119,30 @@ def test_resume_is_exact(config, tokenizer, prefetch):
     _assert_equal(next(iterator), batches[3])
 
 
+def test_positions_may_be_spread(config, tokenizer):
+    plain = _iterator(config, tokenizer)
+    spread = DataConfig(**{**vars(config), "positions_up_to": 40 * T})
+    one, two = _iterator(spread, tokenizer), _iterator(spread, tokenizer)
+    state, jumps = one.get_state(), 0
+    for _ in range(4):
+        batch, as_read = next(one), next(plain)
+        positions = batch.pop("positions")
+        counted = as_read.pop("positions")
+        _assert_equal(batch, as_read)
+        np.testing.assert_array_equal(next(two)["positions"], positions)
+        assert (positions >= counted).all()
+        assert positions.max() < 40 * T
+        inside = (batch["segment_ids"][:, 1:] == batch["segment_ids"][:, :-1]) & (
+            batch["segment_ids"][:, 1:] > 0
+        )
+        steps = np.diff(positions, axis=1)[inside]
+        assert (steps >= 1).all()
+        jumps += (steps > 1).sum()
+    assert jumps > 4
+    with pytest.raises(ValueError, match="made with fingerprint"):
+        plain.set_state(state)
+
+
 def test_state_of_another_input_is_refused(config, tokenizer):
     iterator = _iterator(config, tokenizer)
     state = iterator.get_state()

@@ -5,7 +5,14 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-from train.packing import build_row, check_segments, cut_documents, plan_packing
+from train.packing import (
+    SPREAD_PARTS,
+    build_row,
+    check_segments,
+    cut_documents,
+    plan_packing,
+    spread_positions,
+)
 
 PAD = 99
 
@@ -87,6 +94,26 @@ def test_short_documents_stay_whole_and_cuts_move_between_epochs():
         starts |= set(plan.start[plan.document == 3].tolist())
     assert len(starts) > 8
     assert all(start % 8 == 0 for start in starts)
+
+
+def test_spread_documents_stay_below_the_limit_and_keep_their_order():
+    ids = np.repeat([1, 2, 0], [20, 8, 4])
+    row = {"segment_ids": ids, "positions": np.r_[:20, :8, [0] * 4], "tokens": np.arange(32)}
+    last = []
+    for seed in range(20):
+        spread = spread_positions(row, 100, np.random.default_rng(seed))
+        assert spread["tokens"] is row["tokens"]
+        for number in (1, 2):
+            positions = spread["positions"][ids == number]
+            assert (np.diff(positions) >= 1).all()
+            assert (np.diff(positions) > 1).sum() <= SPREAD_PARTS - 1
+            assert positions[-1] < 100
+            last.append(positions[-1])
+        assert (spread["positions"][ids == 0] == 0).all()
+    assert max(last) > 90
+    assert len(set(last)) > 20
+    same = spread_positions(row, 8, np.random.default_rng(0))
+    np.testing.assert_array_equal(same["positions"], row["positions"])
 
 
 def test_length_bins_share_the_tokens_and_lose_none():

@@ -50,6 +50,15 @@ def test_a_full_disk_is_told(tmp_path):
         file.close()
 
 
+def test_the_recall_of_single_layers_is_shown():
+    out = io.StringIO()
+    console = Console(file=out, width=100)
+    with Display(console, first=0, steps=9, enabled=True) as display:
+        display.layers(3, {"loss": 1.0})
+        display.layers(4, {"recall_beyond.10": 0.5, "recall_beyond.2": 0.25, "recall_beyond": 0.4})
+    assert out.getvalue() == "step 4  recall by layer:  2 0.25  10 0.50\n"
+
+
 def test_timing_is_left_out_of_comparisons():
     rows = [{"step": 1, "loss": 2.0, **dict.fromkeys(TIMING_FIELDS, 0.5)}]
     assert without_timing(rows) == [{"step": 1, "loss": 2.0}]

@@ -236,7 +236,8 @@ class Counting(nnx.Module):
     def hidden(self, tokens, *, positions, segment_ids, inspect=False, parallel=None):
         rows = jnp.float32(tokens.shape[0])
         aux = Aux(jnp.float32(0.5), {"seen": rows}, {"rows": rows})
-        return HiddenOutput(self.table[...][tokens], None, aux)
+        layers = {"recall_beyond.3": rows, "density.3": rows} if inspect else {}
+        return HiddenOutput(self.table[...][tokens], None, aux, layer_metrics=layers)
 
     def logits(self, hidden):
         return hidden @ self.table[...].T
@@ -268,5 +269,8 @@ def test_inspection_draws_a_row_and_changes_nothing(config, batch, monkeypatch):
     _, placement = plan(config)
     state = make_state(config, placement)
     metrics = make_inspection(config, placement)(state, placement.put_batch(batch))
-    assert {name: float(value) for name, value in metrics.items()} == {"seen": 1.0}
+    assert {name: float(value) for name, value in metrics.items()} == {
+        "seen": 1.0,
+        "recall_beyond.3": 1.0,
+    }
     assert float(state.state["rows"]) == 0

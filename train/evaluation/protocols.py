@@ -204,6 +204,20 @@ def score(
     return Score(nats, greedy, layers)
 
 
+def layer_heads(
+    dense: Decoder, prefix: Prefix
+) -> list[tuple[Float[Array, "1 T N H"], Float[Array, "1 T K H"]]]:
+    """Rotated queries and keys of every layer in the dense pass, without padding."""
+    rope = make_rope(dense.config.rope, dense.config.head_width)
+    found = []
+    for run, x in zip(dense.config.runs, prefix.inputs, strict=True):
+        layer, x = dense.layers[run.name], x[:, : prefix.length]
+        q, k, _ = layer.attention.heads(layer.attention_norm(x))
+        positions = jnp.arange(prefix.length)[None]
+        found.append((rope(q, positions), rope(k[0], positions)))
+    return found
+
+
 @dataclasses.dataclass(frozen=True)
 class _Layer:
     graphdef: nnx.GraphDef
