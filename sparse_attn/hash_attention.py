@@ -57,7 +57,9 @@ class HashAttention(MechanismConfig):
 
     Training (see :mod:`sparse_attn.hash_training`): ``fit_rows`` rows a call, ``fit_top`` targets a
     row; ``loss="bce"`` with positive weight ``positive_weight`` + ``positive_weight_per_token`` * T
-    (alpha + beta T), or ``"ranking"``; ``value_aware_target`` ranks targets by attention times |v|.
+    (alpha + beta T), or ``"ranking"``, where a target counts with the attention it gets to the
+    power ``target_power`` (0: all alike); ``value_aware_target`` ranks targets by attention times
+    |v|.
     The temperature falls from 1 to ``final_temperature`` within ``anneal_steps`` training steps
     (0: stays at 1), which the module counts itself. ``balance`` weighs a penalty on bits that are
     mostly set or mostly clear. ``joint_loss`` adds that many times the loss, on detached q, k and
@@ -79,6 +81,7 @@ class HashAttention(MechanismConfig):
     fit_top: int = 32
     positive_weight: float = 20.0
     positive_weight_per_token: float = 0.0
+    target_power: float = 0.0
     value_aware_target: bool = False
     anneal_steps: int = 0
     final_temperature: float = 0.1
@@ -103,12 +106,18 @@ class HashAttention(MechanismConfig):
             "sinks",
             "positive_weight",
             "positive_weight_per_token",
+            "target_power",
             "anneal_steps",
             "balance",
             "joint_loss",
         ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        if self.target_power and self.loss != "ranking":
+            raise ValueError(
+                f"target_power={self.target_power} weighs the targets of loss='ranking', not of "
+                f"{self.loss!r}; use positive_weight there"
+            )
         if not 0 < self.final_temperature <= 1:
             raise ValueError(
                 f"final_temperature={self.final_temperature} must be in (0, 1]; use "

@@ -5,12 +5,13 @@ With u_q, u_k = phi of a query and a key and temperature tau, for list j of row 
     z[t, j, s] = mean over the list's query heads of sum_i tanh(u_q[i]/tau) tanh(u_k[s, i]/tau)
     target      y[t, j, s] = 1 for the ``fit_top`` candidates with the most attention
     bce         mean over candidates of  w softplus(-z) if y else softplus(z),  w = alpha + beta T
-    ranking     mean over pairs (y = 1, y = 0) of softplus(z_negative - z_positive)
+    ranking     mean over pairs (y = 1, y = 0) of  a^p softplus(z_negative - z_positive)
 
 Candidates are the keys that are neither sinks nor recent. Attention is the softmax probability,
 summed over the list's query heads (for one head: the order of q . k), times |v| with
-``value_aware_target``. T is the number of tokens the row sees: its place in its own document, so
-that packing changes nothing. Rows with fewer than ``fit_top`` candidates take them all.
+``value_aware_target``; a is that of the target, p the ``target_power``. T is the number of tokens
+the row sees: its place in its own document, so that packing changes nothing. Rows with fewer than
+``fit_top`` candidates take them all.
 """
 
 from __future__ import annotations
@@ -74,12 +75,16 @@ def fit_loss(
     picked = pick_rows(k.shape[1], config.fit_rows, steps)
     rows_of_loss, q = sampled(rows, picked), shards.take(q, picked)
     place = candidates(config, rows_of_loss, lists)
-    target = checkpoint_name(targets(config, q, k, v, place), "selection")
+    target, attention = targets(config, q, k, v, place)
+    target = checkpoint_name(target, "selection")
     u_q = phi_q(by_lists(q, lists))
     tau = temperature(config, steps).astype(u_q.dtype)
     query, key = jnp.mean(jnp.tanh(u_q / tau), axis=3), jnp.tanh(u_k / tau)
-    loss_of = {"bce": _bce, "ranking": _ranking}[config.loss]
-    loss = loss_of(config, query, key, target, place, steps, shards)
+    if config.loss == "bce":
+        loss = _bce(config, query, key, target, place, shards)
+    else:
+        weight = attention**config.target_power if config.target_power else None
+        loss = _ranking(query, key, target, place, steps, weight, shards)
     if config.balance > 0:
         loss = loss + config.balance * (
             _imbalance(jnp.tanh(u_q / tau), rows_of_loss, shards)
@@ -116,10 +121,11 @@ def targets(
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K Hv"],
     place: Candidates,
-) -> Int[Array, "B r J F"]:
+) -> tuple[Int[Array, "B r J F"], Float[Array, "B r J F"]]:
     """Positions of the F = ``fit_top`` candidates with the most attention, best first, -1 trailing.
 
-    Of equals the most recent come first.
+    Of equals the most recent come first. Also the attention each of them gets (0 where there is
+    none).
     """
     B, S, K, H = k.shape
     N, lists = q.shape[2], place.budget.shape[2]
@@ -131,7 +137,7 @@ def targets(
     norm = jnp.linalg.norm(v.astype(dtype), axis=-1)
     log_norm = jnp.log(jnp.maximum(norm, jnp.finfo(dtype).tiny)).transpose(0, 2, 1)
 
-    def best(inputs: Any) -> Array:
+    def best(inputs: Any) -> tuple[Array, Array]:
         q, place = inputs
         c = q.shape[1]
         grouped = jnp.transpose(q.reshape(B, c, K, G, H), (0, 2, 3, 1, 4)).astype(dtype)
@@ -140,19 +146,17 @@ def targets(
         first, start, stop, last = (x[:, :, None] for x in place[:4])
         visible = ((s >= first) & (s < last))[:, None, None]
         logits = jnp.where(visible, logits, -jnp.inf)
+        lse = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+        wanted = logits - jnp.where(jnp.isneginf(lse), 0.0, lse)
         if lists == K and G > 1:
-            lse = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-            share = logits - jnp.where(jnp.isneginf(lse), 0.0, lse)
-            wanted = jax.nn.logsumexp(share, axis=2)[:, :, None]
-        else:
-            wanted = logits
+            wanted = jax.nn.logsumexp(wanted, axis=2)[:, :, None]
         if config.value_aware_target:
             wanted = wanted + log_norm[:, :, None, None]
         wanted = jnp.where(((s >= start) & (s < stop))[:, None, None], wanted, -jnp.inf)
         # top_k prefers the first of equals: hand it the most recent key first.
         value, place_of = jax.lax.top_k(wanted.reshape(B, lists, c, S)[..., ::-1], top)
         position = jnp.where(jnp.isneginf(value), -1, S - 1 - place_of)
-        return jnp.moveaxis(position.astype(jnp.int32), 2, 1)
+        return jnp.moveaxis(position.astype(jnp.int32), 2, 1), jnp.moveaxis(jnp.exp(value), 2, 1)
 
     chunk = rows_per_chunk(q.shape[1], B * N * S)
     return jax.lax.stop_gradient(map_rows(best, (q, place), chunk=chunk))
@@ -212,14 +216,12 @@ def _bce(
     key: Array,
     target: Array,
     place: Candidates,
-    steps: Array,
     shards: Shards,
 ) -> Float[Array, ""]:
     """Weighted binary cross-entropy, mean over all candidates of all rows and lists.
 
     Every candidate counts as a negative first, in chunks of rows; the few targets are put right.
     """
-    del steps
     B, S, J, _ = key.shape
     keys = jnp.transpose(key, (0, 2, 3, 1))
     s = jnp.arange(S, dtype=jnp.int32)[None, None, None, :]
@@ -243,16 +245,15 @@ def _bce(
 
 
 def _ranking(
-    config: HashAttention,
     query: Array,
     key: Array,
     target: Array,
     place: Candidates,
     steps: Array,
+    weight: Array | None,
     shards: Shards,
 ) -> Float[Array, ""]:
     """Bradley-Terry: targets above other candidates, of which each row draws some by a hash."""
-    del config
     width = (place.stop - place.start)[:, :, None]
     draw = jnp.arange(RANKING_NEGATIVES, dtype=jnp.uint32)[None, None, :]
     draw = draw + place.last[:, :, None].astype(jnp.uint32) * jnp.uint32(RANKING_NEGATIVES)
@@ -265,9 +266,13 @@ def _ranking(
         _scores_at(query, key, target)[..., :, None]
         - _scores_at(query, key, negative)[..., None, :]
     )
-    total = jnp.sum(jnp.where(usable, jax.nn.softplus(-gap), 0.0))
-    total, pairs = shards.batch_total((total, jnp.sum(usable)))
-    return total / jnp.maximum(pairs, 1)
+    pairs = jnp.where(usable, jax.nn.softplus(-gap), 0.0)
+    if weight is None:
+        total, count = shards.batch_total((jnp.sum(pairs), jnp.sum(usable)))
+        return total / jnp.maximum(count, 1)
+    counted = jnp.sum(jnp.where(usable, weight[..., None], 0.0))
+    total, counted = shards.batch_total((jnp.sum(pairs * weight[..., None]), counted))
+    return total / jnp.maximum(counted, jnp.finfo(weight.dtype).tiny)
 
 
 def _imbalance(relaxed: Float[Array, "B T J E b"], rows: Rows, shards: Shards) -> Float[Array, ""]:

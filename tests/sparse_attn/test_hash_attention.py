@@ -184,7 +184,7 @@ def softplus(x):
 
 
 def target_of(config, item):
-    """The fit_top candidates with the most attention, the most recent of equals first."""
+    """The fit_top candidates with the most attention, the most recent of equals first; theirs."""
     t, first = item["row"][1], item["first"]
     logits = item["q"] @ item["k"][first : t + 1].T / np.sqrt(item["q"].shape[-1])
     p = np.exp(logits - logits.max(axis=-1, keepdims=True))
@@ -192,7 +192,8 @@ def target_of(config, item):
     if config.value_aware_target:
         wanted = wanted * np.linalg.norm(item["v"][first : t + 1], axis=-1)
     ordered = sorted(item["candidates"], key=lambda s: (-wanted[s - first], -s))
-    return ordered[: config.fit_top]
+    best = ordered[: config.fit_top]
+    return best, wanted[np.asarray(best, int) - first]
 
 
 def want_fit(config, module, parts, ids=None, steps=0, tau=1.0):
@@ -206,7 +207,7 @@ def want_fit(config, module, parts, ids=None, steps=0, tau=1.0):
         codes_q.setdefault(j, []).extend(relaxed_q)
         codes_k.setdefault(j, []).append(relaxed_k[t])
         z = relaxed_q.mean(axis=0) @ relaxed_k.T
-        target, candidates = target_of(config, item), item["candidates"]
+        (target, attention), candidates = target_of(config, item), item["candidates"]
         weight = config.positive_weight + config.positive_weight_per_token * (t - item["first"] + 1)
         if config.loss == "bce":
             for s in candidates:
@@ -217,8 +218,9 @@ def want_fit(config, module, parts, ids=None, steps=0, tau=1.0):
             shift = np.asarray(training.scramble(jnp.asarray(draw, jnp.uint32), jnp.asarray(steps)))
             for s in candidates[0] + shift.astype(int) % len(candidates):
                 if s not in target:
-                    total += softplus(z[s] - z[target]).sum()
-                    count += len(target)
+                    weights = attention**config.target_power
+                    total += (weights * softplus(z[s] - z[target])).sum()
+                    count += weights.sum()
         found = set(select(config, item)) & set(target)
         hits[j] = hits.get(j, 0) + len(found)
         wanted[j] = wanted.get(j, 0) + len(target)
@@ -240,8 +242,10 @@ FIT = dataclasses.replace(SMALL, fit_rows=64, fit_top=6)
         {"share": "query", "mapping": "linear", "value_aware_target": True, "balance": 0.5},
         {"loss": "ranking", "budget": 0.25},
         {"loss": "ranking", "share": "query", "balance": 0.2, "value_aware_target": True},
+        {"loss": "ranking", "target_power": 0.5},
+        {"loss": "ranking", "share": "query", "target_power": 1.0, "value_aware_target": True},
     ],
-    ids=["bce", "bce query", "ranking", "ranking query"],
+    ids=["bce", "bce query", "ranking", "ranking query", "weighed", "weighed query"],
 )
 def test_fit_loss_and_recall_follow_the_formulas(changes, x64):
     config = dataclasses.replace(FIT, anneal_steps=10, final_temperature=0.25, **changes)
@@ -466,6 +470,7 @@ def test_density_and_bits():
         ({"sinks": -1}, "sinks=-1 must not be negative"),
         ({"joint_loss": -0.5}, "joint_loss=-0.5 must not be negative"),
         ({"final_temperature": 0.0}, "final_temperature=0.0"),
+        ({"target_power": 0.5}, "weighs the targets of loss=.ranking., not of .bce."),
         ({"budget": -3}, "budget=-3 must not be negative"),
         ({"budget": 1.5}, "budget=1.5: a fraction"),
         ({"budget": 1e-6}, "use an int for a number of tokens"),

@@ -119,6 +119,26 @@ def test_resume_is_exact(config, tokenizer, prefetch):
     _assert_equal(next(iterator), batches[3])
 
 
+def test_rows_may_repeat_themselves(config, tokenizer):
+    repeating = DataConfig(**{**vars(config), "repeats": 0.4})
+    state = _iterator(repeating, tokenizer, sequence_length=4 * T).get_state()
+    one, two, plain = (
+        _iterator(c, tokenizer, sequence_length=4 * T) for c in (repeating, repeating, config)
+    )
+    changed = 0
+    for _ in range(4):
+        batch, as_read = next(one), next(plain)
+        _assert_equal(batch, next(two))
+        for name in ("segment_ids", "positions", "weights"):
+            np.testing.assert_array_equal(batch[name], as_read[name])
+        changed += (batch["tokens"] != as_read["tokens"]).sum()
+    assert changed > 0
+    with pytest.raises(ValueError, match="made with fingerprint"):
+        plain.set_state(state)
+    with pytest.raises(ValueError, match="repeats=1 must be a share"):
+        DataConfig(repeats=1)
+
+
 def test_positions_may_be_spread(config, tokenizer):
     plain = _iterator(config, tokenizer)
     spread = DataConfig(**{**vars(config), "positions_up_to": 40 * T})

@@ -7,10 +7,12 @@ import pytest
 
 from train.packing import (
     SPREAD_PARTS,
+    Alphabets,
     build_row,
     check_segments,
     cut_documents,
     plan_packing,
+    repeat_spans,
     spread_positions,
 )
 
@@ -94,6 +96,37 @@ def test_short_documents_stay_whole_and_cuts_move_between_epochs():
         starts |= set(plan.start[plan.document == 3].tolist())
     assert len(starts) > 8
     assert all(start % 8 == 0 for start in starts)
+
+
+def test_what_was_said_comes_again():
+    tokens = np.arange(100, 1124)
+    row = {
+        "segment_ids": np.repeat([1, 2, 0], [900, 100, 24]),
+        "tokens": tokens,
+        "targets": tokens + 1,
+        "positions": np.arange(1024),
+    }
+    alphabets = Alphabets(3, 60, tuple(range(70, 80)))
+    got = repeat_spans(row, 0.4, alphabets, np.random.default_rng(0))
+    assert got["positions"] is row["positions"]
+    assert (row["tokens"] == tokens).all()
+    first = got["tokens"][:900]
+    assert (got["targets"][:899] == first[1:]).all()
+    np.testing.assert_array_equal(got["tokens"][1000:], tokens[1000:])
+    again = [at for at in range(300, 896) if _said_before(first, at)]
+    assert 0.2 < len(again) / 600 < 0.6
+    assert (first < 60).any()
+    assert np.isin(first, alphabets.digits).any()
+    # The beginning holds nothing that was said before but for random tokens and digits.
+    assert not any(_said_before(first, at) for at in range(2, 220) if first[at] >= 100)
+    other = repeat_spans(row, 0.4, alphabets, np.random.default_rng(1))
+    assert (other["tokens"] != got["tokens"]).any()
+
+
+def _said_before(tokens, at):
+    """Whether the four tokens from ``at`` on are in the text before."""
+    windows = np.lib.stride_tricks.sliding_window_view(tokens[:at], 4) if at >= 4 else []
+    return any((window == tokens[at : at + 4]).all() for window in windows)
 
 
 def test_spread_documents_stay_below_the_limit_and_keep_their_order():
