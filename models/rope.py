@@ -18,6 +18,7 @@ import dataclasses
 import math
 from typing import Literal, get_args
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -206,6 +207,8 @@ def make_rope(config: RopeConfig, head_width: int) -> Rope:
         angle = positions.astype(dtype)[:, :, None, None] * frequency[None, None, None, :]
         cos = jnp.cos(angle) * magnitude(config)
         sin = jnp.sin(angle) * magnitude(config)
+        # Without a barrier XLA computes both anew for every head.
+        cos, sin = jax.lax.optimization_barrier((cos, sin))
         moving = array[..., :turning].astype(dtype)
         if config.layout == "half":
             a, b = jnp.split(moving, 2, axis=-1)

@@ -9,8 +9,7 @@ Queries are sorted likewise, so that neighbouring rows share most of their keys.
 from __future__ import annotations
 
 import dataclasses
-from functools import partial, reduce
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +17,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from kernels_pallas.ranged import ranged_attention
-from kernels_pallas.ranged.tiling import Tiles
-from kernels_pallas.ranged.xla import ranged_backward
 from sparse_attn.documents import Rows
-from sparse_attn.types import AttentionOutput, Implementation, merge
+from sparse_attn.routing_by_head import Ranges, attend_by_head
+from sparse_attn.types import AttentionOutput, merge
 
 if TYPE_CHECKING:
     from sparse_attn.routing import Routing
@@ -76,15 +74,16 @@ def member_ranges(
 class Sorting:
     """Permutations of rows that bring clusters together, and what the sorted queries attend.
 
-    ``q_rows`` [B * K * T * G] are flat rows of q in sorted order, ``q_back`` is its inverse, so
-    ``k_rows`` and ``k_back`` [B * K * S]; queries attend [begin, end) of the sorted keys, each a
-    line for one of the B * K kv heads.
+    A line is a kv head of a sequence, E = B * K of them; its queries are numbered t * G + g, Q =
+    T * G of them. ``q_order`` lists the queries of a line in sorted order, ``q_back`` is its
+    inverse, so ``k_order`` and ``k_back`` for keys. Queries in sorted order attend [begin, end) of
+    the sorted keys.
     """
 
-    q_rows: Int[Array, " M"]
-    q_back: Int[Array, " M"]
-    k_rows: Int[Array, " L"]
-    k_back: Int[Array, " L"]
+    q_order: Int[Array, "E Q"]
+    q_back: Int[Array, "E Q"]
+    k_order: Int[Array, "E S"]
+    k_back: Int[Array, "E S"]
     begin: Int[Array, "E Q"]
     end: Int[Array, "E Q"]
 
@@ -106,32 +105,24 @@ class Sorting:
             for a in (rows.index, rows.start)
         )
         begin, end = member_ranges(config, sorted_keys, numbers // (T * G), index, start)
-        q_rows = _flat(order // G, order % G, K, T, G)
-        k_rows = _flat(key_order, jnp.zeros_like(key_order), K, S, 1)
-        sorting = Sorting(q_rows, _inverse(q_rows), k_rows, _inverse(k_rows), begin, end)
+        sorting = Sorting(order, _inverse(order), key_order, _inverse(key_order), begin, end)
         return jax.tree.map(lambda a: checkpoint_name(a, "selection"), sorting)
 
     def sorted_q(self, x: Float[Array, "B T N X"]) -> Float[Array, "E Q 1 X"]:
         """The rows of a query-shaped array, in order."""
-        lines, length = self.begin.shape
-        return _permuted(x, self.q_rows, self.q_back, (lines, length, 1))
+        return _sorted(x, self.q_order, self.q_back)
 
     def sorted_k(self, x: Float[Array, "B S K X"]) -> Float[Array, "E S 1 X"]:
         """The rows of a key-shaped array, in order."""
-        shape = (self.begin.shape[0], self.k_rows.shape[0] // self.begin.shape[0], 1)
-        return _permuted(x, self.k_rows, self.k_back, shape)
+        return _sorted(x, self.k_order, self.k_back)
 
     def unsorted_q(
         self, x: Float[Array, "E Q 1 X"], shape: tuple[int, int, int]
     ) -> Float[Array, "B T N X"]:
         """The inverse of :meth:`sorted_q`."""
-        return _permuted(x, self.q_back, self.q_rows, shape)
-
-    def unsorted_k(
-        self, x: Float[Array, "E S 1 X"], shape: tuple[int, int, int]
-    ) -> Float[Array, "B S K X"]:
-        """The inverse of :meth:`sorted_k`."""
-        return _permuted(x, self.k_back, self.k_rows, shape)
+        source = _flat_positions(self.q_back, *shape)
+        target = _flat_rows(self.q_order, *shape)
+        return _take(x.reshape(-1, x.shape[3]), source, target).reshape(*shape, x.shape[3])
 
 
 def three_sets(
@@ -151,13 +142,14 @@ def three_sets(
     documents may start anywhere. Differentiable in q, k and v.
     """
     sorting = Sorting.of(config, clusters, sorted_keys, rows)
-    windows = local_range(config, rows), sink_range(config, rows)
-    sets = _Sets(config.implementation, config.sinks, packed, clusters.shape[2])
     if config.implementation == "xla" or (
         config.implementation == "auto" and jax.default_backend() == "cpu"
     ):
-        return _joint(sets, q, k, v, sorting, windows)
-    return merge(*sets.parts(q, k, v, sorting, windows)).out
+        ranges = Ranges(*local_range(config, rows), *sink_range(config, rows))
+        sinks = k.shape[1] if packed else config.sinks
+        return attend_by_head(sinks if config.sinks else 0, q, k, v, sorting, ranges)
+    routed = clusters.shape[2]
+    return merge(*_parts(config, q, k, v, sorting, rows, routed=routed, packed=packed)).out
 
 
 def local_range(config: Routing, rows: Rows) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
@@ -183,139 +175,37 @@ def local_attention(
     return ranged_attention(q, k, v, begin, end, implementation=config.implementation)
 
 
-Windows = tuple[tuple[Array, Array], tuple[Array, Array]]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Sets:
-    """What is static about the three sets; ``heads`` of the query heads route."""
-
-    implementation: Implementation
-    sinks: int
-    packed: bool
-    heads: int
-
-    def with_sinks(self, x: Array) -> Array:
-        """Keys or values among which the sinks lie; documents of a packed row start anywhere."""
-        return x if self.packed else x[:, : self.sinks]
-
-    def first(self, x: Array, kv_heads: int, query_heads: int) -> Array:
-        """Keys or values of the kv heads that route."""
-        return x[:, :, : self.heads * kv_heads // query_heads]
-
-    def parts(
-        self, q: Array, k: Array, v: Array, sorting: Sorting, windows: Windows
-    ) -> list[AttentionOutput]:
-        """Attention over each set, for all heads: local, sinks (if any), routed."""
-        (B, T, N, _), K = q.shape, k.shape[2]
-        local, sinks = windows
-        attend = partial(ranged_attention, implementation=self.implementation)
-        found = [attend(q, k, v, local[0], local[1])]
-        if self.sinks:
-            found.append(attend(q, self.with_sinks(k), self.with_sinks(v), sinks[0], sinks[1]))
-        out, lse = attend(
-            sorting.sorted_q(q[:, :, : self.heads]),
-            sorting.sorted_k(self.first(k, K, N)),
-            sorting.sorted_k(self.first(v, K, N)),
-            sorting.begin,
-            sorting.end,
-        )
-        shape, rest = (B, T, self.heads), ((0, 0), (0, 0), (0, N - self.heads))
-        out = jnp.pad(sorting.unsorted_q(out, shape), (*rest, (0, 0)))
-        lse = sorting.unsorted_q(lse[..., None], shape)[..., 0]
-        found.append(AttentionOutput(out, jnp.pad(lse, rest, constant_values=-jnp.inf)))
-        return found
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _joint(
-    sets: _Sets, q: Array, k: Array, v: Array, sorting: Sorting, windows: Windows
-) -> Float[Array, "B T N Hv"]:
-    """``merge`` of the three parts. Its gradient needs no merging: with the lse of all sets, the
-    weight of a key is exp(logit - lse) in whichever set it is, so each set goes back by itself.
-    """
-    return _joint_fwd(sets, q, k, v, sorting, windows)[0]
-
-
-def _joint_fwd(
-    sets: _Sets, q: Array, k: Array, v: Array, sorting: Sorting, windows: Windows
-) -> tuple[Array, tuple[Any, ...]]:
-    parts = sets.parts(q, k, v, sorting, windows)
-    top = reduce(jnp.maximum, [part.lse for part in parts])
-    top = jnp.where(jnp.isneginf(top), 0, top)
-    weights = [jnp.exp(part.lse - top) for part in parts]
-    total = reduce(jnp.add, weights)
-    safe = jnp.where(total > 0, total, 1)
-    terms = [
-        (weight / safe)[..., None] * part.out.astype(weight.dtype)
-        for weight, part in zip(weights, parts, strict=True)
-    ]
-    out = reduce(jnp.add, terms).astype(q.dtype)
-    lse = jnp.where(total > 0, jnp.log(safe) + top, -jnp.inf)
-    return out, (q, k, v, sorting, windows, out, lse)
-
-
-def _joint_bwd(
-    sets: _Sets, residuals: tuple[Any, ...], d_out: Array
-) -> tuple[Array, Array, Array, None, None]:
-    q, k, v, sorting, (local, sinks), out, lse = residuals
-    (B, _, N, _), (S, K) = q.shape, k.shape[1:3]
-    delta = jnp.sum(d_out.astype(lse.dtype) * out.astype(lse.dtype), axis=-1)
-
-    def back(q: Array, k: Array, v: Array, begin: Array, end: Array, *grad: Array) -> Any:
-        d_out, lse, delta = grad
-        return ranged_backward(
-            q,
-            k,
-            v,
-            begin,
-            end,
-            jnp.zeros_like(d_out),
-            lse,
-            d_out=d_out,
-            d_lse=-delta,
-            scale=q.shape[-1] ** -0.5,
-            tiles=Tiles.choose(q.shape[1], k.shape[1], q.shape[2] // k.shape[2]),
-        )
-
-    clip = partial(jnp.clip, min=0, max=S)
-    dq, dk, dv = back(q, k, v, *map(clip, local), d_out, lse, delta)
-    if sets.sinks:
-        few = sets.with_sinks(k), sets.with_sinks(v)
-        ends = (jnp.clip(a, 0, few[0].shape[1]) for a in sinks)
-        of_q, *of_few = back(q, *few, *ends, d_out, lse, delta)
-        dq = dq + of_q
-        dk, dv = (_add_first(a, b, axis=1) for a, b in zip((dk, dv), of_few, strict=True))
-    heads = sets.heads
-    kv_heads = heads * K // N
-    statistics = jnp.stack([lse[:, :, :heads], delta[:, :, :heads]], axis=-1)
-    statistics = sorting.sorted_q(statistics)
-    of_q, *of_kv = back(
-        sorting.sorted_q(q[:, :, :heads]),
-        *(sorting.sorted_k(sets.first(x, K, N)) for x in (k, v)),
+def _parts(
+    config: Routing,
+    q: Array,
+    k: Array,
+    v: Array,
+    sorting: Sorting,
+    rows: Rows,
+    *,
+    routed: int,
+    packed: bool,
+) -> list[AttentionOutput]:
+    """Attention over each set, for all heads: local, sinks (if any), routed."""
+    (B, T, N, _), K = q.shape, k.shape[2]
+    found = [local_attention(config, q, k, v, rows)]
+    if config.sinks:
+        few = (k, v) if packed else (k[:, : config.sinks], v[:, : config.sinks])
+        begin, end = sink_range(config, rows)
+        found.append(ranged_attention(q, *few, begin, end, implementation=config.implementation))
+    kv_routed = routed * K // N
+    out, lse = ranged_attention(
+        sorting.sorted_q(q[:, :, :routed]),
+        sorting.sorted_k(k[:, :, :kv_routed]),
+        sorting.sorted_k(v[:, :, :kv_routed]),
         sorting.begin,
         sorting.end,
-        sorting.sorted_q(d_out[:, :, :heads]),
-        statistics[..., 0],
-        statistics[..., 1],
+        implementation=config.implementation,
     )
-    dq = _add_first(dq, sorting.unsorted_q(of_q, (B, q.shape[1], heads)), axis=2)
-    dk, dv = (
-        _add_first(a, sorting.unsorted_k(b, (B, S, kv_heads)), axis=2)
-        for a, b in zip((dk, dv), of_kv, strict=True)
-    )
-    return dq, dk, dv, None, None
-
-
-_joint.defvjp(_joint_fwd, _joint_bwd)
-
-
-def _add_first(total: Array, part: Array, axis: int) -> Array:
-    """``part`` added to the first slices of ``total``."""
-    if total.shape == part.shape:
-        return total + part
-    begin = jax.lax.slice_in_dim(total, 0, part.shape[axis], axis=axis)
-    return jax.lax.dynamic_update_slice_in_dim(total, begin + part, 0, axis=axis)
+    shape, rest = (B, T, routed), ((0, 0), (0, 0), (0, N - routed))
+    out = jnp.pad(sorting.unsorted_q(out, shape), (*rest, (0, 0)))
+    lse = sorting.unsorted_q(lse[..., None], shape)[..., 0]
+    return [*found, AttentionOutput(out, jnp.pad(lse, rest, constant_values=-jnp.inf))]
 
 
 def token_lists(
@@ -359,34 +249,44 @@ def token_lists(
     return jnp.where(lists == S, -1, lists)[..., : min(lists.shape[3], S)]
 
 
-def _flat(token: Array, head: Array, kv_heads: int, tokens: int, group: int) -> Int[Array, " M"]:
-    """Rows of an array [B, T, K * G] for lines [B * K, L] of tokens and heads of the group."""
-    line = jnp.arange(token.shape[0], dtype=jnp.int32)[:, None]
-    sequence, kv_head = line // kv_heads, line % kv_heads
-    return (((sequence * tokens + token) * kv_heads + kv_head) * group + head).reshape(-1)
+def _inverse(permutation: Int[Array, "E L"]) -> Int[Array, "E L"]:
+    """The inverse of every line's permutation."""
+    line = jnp.arange(permutation.shape[0])[:, None]
+    numbers = jnp.arange(permutation.shape[1], dtype=permutation.dtype)
+    numbers = jnp.broadcast_to(numbers, permutation.shape)
+    return jnp.zeros_like(permutation).at[line, permutation].set(numbers, unique_indices=True)
 
 
-def _inverse(permutation: Int[Array, " M"]) -> Int[Array, " M"]:
-    numbers = jnp.arange(permutation.shape[0], dtype=permutation.dtype)
-    return jnp.zeros_like(permutation).at[permutation].set(numbers, unique_indices=True)
+def _flat_rows(order: Int[Array, "E L"], B: int, T: int, A: int) -> Int[Array, " M"]:
+    """Of the members of lines, the rows of an array [B, T, A, X]."""
+    K = order.shape[0] // B
+    G = A // K
+    line = jnp.arange(order.shape[0], dtype=jnp.int32)[:, None]
+    row = (line // K * T + order // G) * K + line % K
+    return (row * G + order % G).reshape(-1)
 
 
-def _permuted(
-    x: Float[Array, "A1 A2 A3 H"],
-    source: Int[Array, " M"],
-    target: Int[Array, " M"],
-    shape: tuple[int, int, int],
-) -> Float[Array, "A4 A5 A6 H"]:
-    """Rows ``source`` of x; ``target`` is the inverse permutation, along which gradients go back.
+def _flat_positions(back: Int[Array, "E L"], B: int, T: int, A: int) -> Int[Array, " M"]:
+    """For every row of an array [B, T, A, X], its place in [E, L]: the inverse of _flat_rows."""
+    E, L = back.shape
+    place = back + jnp.arange(E, dtype=jnp.int32)[:, None] * L
+    place = place.reshape(B, E // B, T, A // (E // B))
+    return jnp.transpose(place, (0, 2, 1, 3)).reshape(-1)
 
-    Autodiff would scatter, which costs a CPU several times a gather.
-    """
-    rows = _take(x.reshape(-1, x.shape[-1]), source, target)
-    return rows.reshape(*shape, x.shape[-1])
+
+def _sorted(
+    x: Float[Array, "B T A X"], order: Int[Array, "E L"], back: Int[Array, "E L"]
+) -> Float[Array, "E L 1 X"]:
+    source, target = _flat_rows(order, *x.shape[:3]), _flat_positions(back, *x.shape[:3])
+    return _take(x.reshape(-1, x.shape[3]), source, target).reshape(*order.shape, 1, x.shape[3])
 
 
 @jax.custom_vjp
 def _take(x: Array, source: Array, target: Array) -> Array:
+    """Rows ``source`` of x; ``target`` is the inverse permutation, along which gradients go back.
+
+    Autodiff would scatter, which costs several times a gather.
+    """
     return x.at[source].get(mode="promise_in_bounds", unique_indices=True)
 
 

@@ -52,7 +52,7 @@ def ranged_attention_xla(
 def _attend(q, k, v, start, stop, scale, tiles):
     if q.shape[1] <= FEW_ROWS:
         return few_rows_forward(q, k, v, start, stop, scale)
-    return _forward(q, k, v, start, stop, scale, tiles)
+    return ranged_forward(q, k, v, start, stop, scale=scale, tiles=tiles)
 
 
 def _attend_fwd(q, k, v, start, stop, scale, tiles):
@@ -69,7 +69,17 @@ def _attend_bwd(scale, tiles, residuals, cotangents):
 _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
-def _forward(q, k, v, start, stop, scale, tiles):
+def ranged_forward(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K Hv"],
+    start: Int[Array, "B T"],
+    stop: Int[Array, "B T"],
+    *,
+    scale: float,
+    tiles: Tiles,
+) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
+    """``out`` and ``lse`` of ranged attention; not differentiable."""
     batch, rows, heads, _ = q.shape
     keys, kv_heads, width = v.shape[1:]
     group = heads // kv_heads
@@ -121,10 +131,29 @@ def ranged_backward(
     scale: float,
     tiles: Tiles,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K Hv"]]:
-    """Gradients of ranged attention by q, k and v, from the cotangents of out and lse.
+    """Gradients of ranged attention by q, k and v, from the cotangents of out and lse."""
+    dtype = accumulation_dtype(q.dtype)
+    delta = jnp.sum(d_out.astype(dtype) * out.astype(dtype), axis=-1) - d_lse
+    return ranged_gradients(q, k, v, start, stop, lse, delta, d_out=d_out, scale=scale, tiles=tiles)
 
-    With dp = d_out . v and delta = d_out . out - d_lse, the gradient by a logit is
-    p * (dp - delta).
+
+def ranged_gradients(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K Hv"],
+    start: Int[Array, "B T"],
+    stop: Int[Array, "B T"],
+    lse: Float[Array, "B T N"],
+    delta: Float[Array, "B T N"],
+    *,
+    d_out: Float[Array, "B T N Hv"],
+    scale: float,
+    tiles: Tiles,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K Hv"]]:
+    """Gradients by q, k and v, with delta = d_out . out - (cotangent of lse).
+
+    The gradient by a logit is p * (dp - delta), dp = d_out . v and p = exp(logit - lse). ``lse``
+    and ``out`` may be those of a softmax over more keys than these.
     """
     batch, rows, heads, width = q.shape
     keys, kv_heads, value_width = v.shape[1:]
@@ -133,7 +162,6 @@ def ranged_backward(
     ranges = tile_ranges(start, stop, tiles, group, keys)
     live = covered(start, stop, keys)
     k_major, v_major = head_major(k, live), head_major(v, live)
-    delta = jnp.sum(d_out.astype(dtype) * out.astype(dtype), axis=-1) - d_lse
     queries, d_outs = pad_rows(q, tiles), pad_rows(d_out, tiles)
     statistics = pad_rows(jnp.stack([lse, delta], axis=-1), tiles)
     padded = queries.shape[1]
@@ -147,7 +175,7 @@ def ranged_backward(
             for a in (queries, d_outs, statistics)
         )
         query = query * scale
-        lse, delta = statistic[:, 0, None], statistic[:, 1, None]
+        lse, delta = statistic.T[0], statistic.T[1]
 
         def step(j, sums):
             dq, dk, dv = sums
@@ -155,38 +183,39 @@ def ranged_backward(
             position = jnp.minimum(floor, keys - tiles.keys)
             key = slab(k_major, at.head, position, tiles.keys)
             value = slab(v_major, at.head, position, tiles.keys)
-            logits = jnp.matmul(query, key.T, precision=precision)
-            mask = visible(position, floor, tiles.keys, first, length)
-            p = jnp.exp(jnp.where(mask, logits, MASKED) - lse)
-            ds = p * (jnp.matmul(d_out, value.T, precision=precision) - delta)
-            dq = dq + jnp.matmul(ds, key, precision=precision)
-            # Sums over rows run at full speed as [H, M] @ [M, S], so dk and dv are transposed.
-            dk = _add_columns(dk, at.head, position, jnp.matmul(query.T, ds, precision=precision))
-            dv = _add_columns(dv, at.head, position, jnp.matmul(d_out.T, p, precision=precision))
+            # Keys by rows, [S, M]: dk and dv are then sums over columns, which run at full speed
+            # and stay in the layout of the keys.
+            logits = jnp.matmul(key, query.T, precision=precision)
+            mask = visible(position, floor, tiles.keys, first, length).T
+            p = jnp.exp(jnp.where(mask, logits, MASKED) - lse[None, :])
+            ds = p * (jnp.matmul(value, d_out.T, precision=precision) - delta[None, :])
+            dq = dq + jnp.matmul(key.T, ds, precision=precision)
+            dk = _add_rows(dk, at.head, position, jnp.matmul(ds, query, precision=precision))
+            dv = _add_rows(dv, at.head, position, jnp.matmul(p, d_out, precision=precision))
             return dq, dk, dv
 
         steps = (jnp.maximum(high - low, 0) + tiles.keys - 1) // tiles.keys
-        zero = jnp.zeros((tiles.rows * group, width), dtype)
+        zero = jnp.zeros((width, tiles.rows * group), dtype)
         dq, *sums = jax.lax.fori_loop(0, steps, step, (zero, *sums))
-        return at.put(dqs, dq * scale, tiles.rows), *sums
+        return at.put(dqs, dq.T * scale, tiles.rows), *sums
 
-    zeros = [jnp.zeros((batch * kv_heads, size, keys), dtype) for size in (width, value_width)]
+    zeros = [jnp.zeros((batch * kv_heads, keys, size), dtype) for size in (width, value_width)]
     carry = (jnp.zeros((batch, padded, heads, width), q.dtype), *zeros)
     carry = jax.lax.fori_loop(0, batch * kv_heads * padded // tiles.rows, tile, carry)
     dq, dk, dv = carry
     dk, dv = (
-        jnp.transpose(a.reshape(batch, kv_heads, -1, keys), (0, 3, 1, 2)).astype(q.dtype)
+        jnp.transpose(a.reshape(batch, kv_heads, keys, -1), (0, 2, 1, 3)).astype(q.dtype)
         for a in (dk, dv)
     )
     return dq[:, :rows], dk, dv
 
 
-def _add_columns(
-    total: Float[Array, "E H S"],
+def _add_rows(
+    total: Float[Array, "E S H"],
     head: Int[Array, ""],
     position: Int[Array, ""],
-    part: Float[Array, "H s"],
-) -> Float[Array, "E H S"]:
-    at = (head, jnp.zeros((), jnp.int32), position)
+    part: Float[Array, "s H"],
+) -> Float[Array, "E S H"]:
+    at = (head, position, jnp.zeros((), jnp.int32))
     old = jax.lax.dynamic_slice(total, at, (1, *part.shape))
     return jax.lax.dynamic_update_slice(total, old + part[None], at)
