@@ -1,7 +1,8 @@
 """Causal routing on CPUs, one kv head at a time.
 
-The rows of one head stay in a CPU's caches: sorting them costs next to nothing, and nothing sorted
-outlives its head. That memory is fresh pages on every call, which cost more than the gathers.
+The rows of one head fit into a CPU's second-level cache, where they are sorted, and nothing sorted
+outlives its head. Temporary memory is time here: the allocator returns large blocks, so that every
+call pays a page fault for each 4 KiB of it.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ if TYPE_CHECKING:
 
 
 FEW_KEYS = 16
+"""Up to so many keys, a tile's products cost less than its fixed overhead."""
+
 FEW_KEYS_ROWS = 1024
-"""Matrix rows of a tile that meets at most FEW_KEYS keys, where the products cost nothing."""
+"""Matrix rows of such a tile."""
 
 
 class Ranges(NamedTuple):
@@ -51,6 +54,9 @@ def attend_by_head(
     of all sets, the weight of a key is exp(logit - lse) in whichever set it is.
     """
     return _forward(sinks, q, k, v, sorting, ranges)[0]
+
+
+_Range = tuple[Array, Array]
 
 
 class _Line(NamedTuple):
@@ -85,9 +91,10 @@ class _Line(NamedTuple):
         """Of the line among those that route."""
         return self.batch * self.routing + self.head
 
-    def ranges(self, begin: Int[Array, "B T"], end: Int[Array, "B T"], keys: int) -> list[Array]:
+    def ranges(self, begin: Int[Array, "B T"], end: Int[Array, "B T"], keys: int) -> _Range:
         """Ranges of its sequence, clipped to the keys."""
-        return [jnp.clip(a[self.batch][None], 0, keys) for a in (begin, end)]
+        begin, end = (jnp.clip(a[self.batch][None], 0, keys) for a in (begin, end))
+        return begin, end
 
 
 def _over_lines(body: Any, carry: Any, *, batch: int, kv_heads: int, routing: int) -> Any:
@@ -119,6 +126,7 @@ def _unlines(x: Float[Array, "E T G X"], batch: int) -> Float[Array, "B T A X"]:
 
 
 def _at(x: Float[Array, "E T G X"], line: _Line) -> Float[Array, "1 T G X"]:
+    """The line's part of :func:`_lines`."""
     return jax.lax.dynamic_slice_in_dim(x, line.number, 1, axis=0)
 
 
@@ -136,7 +144,8 @@ def _rows(x: Float[Array, "1 T G X"], order: Int[Array, " L"]) -> Float[Array, "
     return rows[None, :, None, :]
 
 
-def _tiles(q: Array, k: Array) -> Tiles:
+def _tiles(q: Float[Array, "1 L G H"], k: Float[Array, "1 S 1 H"]) -> Tiles:
+    """The usual tiles, with more rows where the keys are only a few sinks."""
     tiles = Tiles.choose(q.shape[1], k.shape[1], q.shape[2])
     if k.shape[1] > FEW_KEYS:
         return tiles
@@ -150,15 +159,17 @@ def _forward(
     G, dtype = N // K, accumulation_dtype(q.dtype)
     lines = tuple(_lines(x, K) for x in (q, k, v))
 
-    def attend(q: Array, k: Array, v: Array, begin: Array, end: Array) -> tuple[Array, Array]:
-        return ranged_forward(q, k, v, begin, end, scale=H**-0.5, tiles=_tiles(q, k))
+    def attend(q: Array, k: Array, v: Array, attended: _Range) -> tuple[Array, Array]:
+        return ranged_forward(q, k, v, *attended, scale=H**-0.5, tiles=_tiles(q, k))
 
     def head(line: _Line, routed: bool, results: tuple[Array, Array]) -> tuple[Array, Array]:
         query, key, value = (_at(x, line) for x in lines)
-        parts = [attend(query, key, value, *line.ranges(*ranges[:2], S))]
+        parts = [attend(query, key, value, line.ranges(ranges.local_begin, ranges.local_end, S))]
         if sinks:
             few = key[:, :sinks], value[:, :sinks]
-            parts.append(attend(query, *few, *line.ranges(*ranges[2:], sinks)))
+            parts.append(
+                attend(query, *few, line.ranges(ranges.sink_begin, ranges.sink_end, sinks))
+            )
         if routed:
             e = line.sorting
             order, back = sorting.k_order[e], sorting.q_back[e]
@@ -166,8 +177,7 @@ def _forward(
                 _rows(query, sorting.q_order[e]),
                 _rows(key, order),
                 _rows(value, order),
-                sorting.begin[e][None],
-                sorting.end[e][None],
+                (sorting.begin[e][None], sorting.end[e][None]),
             )
             out = _rows(out, back).reshape(1, T, G, -1)
             parts.append((out, _rows(lse[..., None], back).reshape(1, T, G)))
@@ -205,10 +215,10 @@ def _backward(
     statistics = jnp.stack([lse, _lines(delta, K)[..., 0]], axis=-1)
 
     def back(
-        q: Array, k: Array, v: Array, begin: Array, end: Array, d_out: Array, statistic: Array
+        q: Array, k: Array, v: Array, attended: _Range, d_out: Array, statistic: Array
     ) -> tuple[Array, Array, Array]:
         return ranged_gradients(
-            *(q, k, v, begin, end, statistic[..., 0], statistic[..., 1]),
+            *(q, k, v, *attended, statistic[..., 0], statistic[..., 1]),
             d_out=d_out,
             scale=H**-0.5,
             tiles=_tiles(q, k),
@@ -217,10 +227,14 @@ def _backward(
     def head(line: _Line, routed: bool, results: tuple[Array, ...]) -> tuple[Array, ...]:
         query, key, value = (_at(x, line) for x in results)
         rows = line.take(d_out), _at(statistics, line)
-        dq, dk, dv = back(query, key, value, *line.ranges(*ranges[:2], S), *rows)
+        dq, dk, dv = back(
+            query, key, value, line.ranges(ranges.local_begin, ranges.local_end, S), *rows
+        )
         if sinks:
             few = key[:, :sinks], value[:, :sinks]
-            of_q, *of_few = back(query, *few, *line.ranges(*ranges[2:], sinks), *rows)
+            of_q, *of_few = back(
+                query, *few, line.ranges(ranges.sink_begin, ranges.sink_end, sinks), *rows
+            )
             dq = dq + of_q
             dk, dv = (a.at[:, :sinks].add(b) for a, b in zip((dk, dv), of_few, strict=True))
         if routed:
@@ -230,8 +244,7 @@ def _backward(
                 _rows(query, sorting.q_order[e]),
                 _rows(key, order),
                 _rows(value, order),
-                sorting.begin[e][None],
-                sorting.end[e][None],
+                (sorting.begin[e][None], sorting.end[e][None]),
                 *(_rows(a, sorting.q_order[e]) for a in rows),
             )
             dq = dq + _rows(of_q, sorting.q_back[e]).reshape(dq.shape)

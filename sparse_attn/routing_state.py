@@ -24,6 +24,8 @@ CHUNK_SCORES = 2**20
 FAR_SHARPNESS = 32.0
 """Weight of a token as a new centroid: exp(-32 similarity), so that the farthest dominate."""
 
+_TINY = 1e-12  # added to |x|^2, so that zero has a direction and a gradient
+
 
 class RoutingState(nnx.Variable):
     """State that moves by statistics, once a training step, and never by gradient."""
@@ -49,7 +51,7 @@ class Assignment:
 def unit(x: Float[Array, "*rest H"]) -> Float[Array, "*rest H"]:
     """x / |x| in at least float32; zero stays zero, with a finite gradient."""
     x = x.astype(accumulation_dtype(x.dtype))
-    return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + 1e-12)
+    return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + _TINY)
 
 
 def assign(
@@ -150,13 +152,53 @@ def commitment(
 
     Over the tokens of all ``shards``.
     """
-    K, C, _ = centroids.shape
-    heads = jnp.arange(x.shape[2], dtype=jnp.int32) // (x.shape[2] // K)
-    mu = jax.lax.stop_gradient(centroids)[heads[None, None, :], jnp.minimum(clusters, C - 1)]
-    distance = jnp.square(unit(jnp.where(valid[:, :, None, None], x, 0)) - mu.astype(x.dtype))
-    total = jnp.sum(jnp.where(valid[:, :, None, None], distance, 0))
+    total = _squared_distance(x, centroids, clusters, valid)
     total, count = shards.total((total, jnp.sum(valid)))
     return (total / jnp.maximum(count * x.shape[2], 1)).astype(jnp.float32)
+
+
+@jax.custom_vjp
+def _squared_distance(
+    x: Float[Array, "B T A H"],
+    centroids: Float[Array, "K C H"],
+    clusters: Int[Array, "B T A"],
+    valid: Bool[Array, "B T"],
+) -> Float[Array, ""]:
+    """Sum over valid tokens and heads of |x/|x| - mu_cluster|^2; differentiable in ``x`` only.
+
+    The gradient is computed from x again: what autodiff would keep is several times as large.
+    """
+    distance = jnp.square(_away(x, centroids, clusters, valid)[1])
+    return jnp.sum(jnp.where(valid[:, :, None, None], distance, 0))
+
+
+def _away(x: Array, centroids: Array, clusters: Array, valid: Array) -> tuple[Array, Array]:
+    """u = x/|x| and u - mu; zeros for x in padding."""
+    K, C, _ = centroids.shape
+    heads = jnp.arange(x.shape[2], dtype=jnp.int32) // (x.shape[2] // K)
+    mu = centroids[heads[None, None, :], jnp.minimum(clusters, C - 1)]
+    u = unit(jnp.where(valid[:, :, None, None], x, 0))
+    return u, u - mu.astype(u.dtype)
+
+
+def _squared_distance_fwd(x: Array, *rest: Array) -> tuple[Array, tuple[Array, ...]]:
+    return _squared_distance(x, *rest), (x, *rest)
+
+
+def _squared_distance_bwd(
+    residuals: tuple[Array, ...], cotangent: Array
+) -> tuple[Array, Array, None, None]:
+    x, centroids, clusters, valid = residuals
+    u, away = _away(x, centroids, clusters, valid)
+    x = jnp.where(valid[:, :, None, None], x, 0).astype(u.dtype)
+    length = jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + _TINY)
+    across = away - u * jnp.sum(u * away, axis=-1, keepdims=True)
+    factor = 2 * cotangent.astype(u.dtype)
+    gradient = jnp.where(valid[:, :, None, None], factor * length * across, 0)
+    return gradient.astype(residuals[0].dtype), jnp.zeros_like(centroids), None, None
+
+
+_squared_distance.defvjp(_squared_distance_fwd, _squared_distance_bwd)
 
 
 def collect(queries: Assignment, keys: Assignment) -> dict[str, Array]:

@@ -417,12 +417,14 @@ def test_dense_attendance_is_dense_and_still_reports_statistics(config, attend, 
     assert float(aux.statistics["key_counts"].sum()) == T * (4 if config is PAPER else 2)
 
 
-def test_gradients_of_the_joint_softmax_equal_plain_autodiff(x64):
+@pytest.mark.parametrize("routing_heads", [None, 1])
+def test_gradients_of_the_joint_softmax_equal_plain_autodiff(routing_heads, x64):
     parts = cases.arrays(SHAPE, 1, 2, T)
     seed = jnp.asarray(np.random.default_rng(6).standard_normal((2, T, 4, 8)))
+    config = dataclasses.replace(SMALL, routing_heads=routing_heads)
     results = []
     for implementation in ("xla", "reference"):
-        module = cases.mechanism(SMALL, SHAPE, implementation=implementation)
+        module = cases.mechanism(config, SHAPE, implementation=implementation)
         total = jax.grad(lambda p, m=module: jnp.sum(m(cases.as_heads(*p))[0] * seed))
         results.append(jax.jit(total)(parts))
     for a, b in zip(*results, strict=True):
