@@ -394,5 +394,5 @@ def user_errors() -> Iterator[None]:
     """Values that do not fit and files that do not exist are the caller's to mend."""
     try:
         yield
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, NotImplementedError, FileNotFoundError) as error:
         raise UserError(str(error)) from error

@@ -194,16 +194,19 @@ def initial_state(config: RunConfig, seed: Int[Array, ""]) -> TrainState:
 
 
 def place_state(config: RunConfig, mesh: jax.sharding.Mesh) -> tuple[TrainState, Placement]:
-    """The state's shapes (``ShapeDtypeStruct`` with shardings) and where everything lives."""
+    """The state's shapes (``ShapeDtypeStruct`` with shardings) and where everything lives.
+
+    Raises:
+      ValueError: if parameters or sequences cannot be split over the mesh.
+      NotImplementedError: if a mechanism cannot work on split sequences as asked for.
+    """
     shapes = jax.eval_shape(lambda seed: initial_state(config, seed), jnp.uint32(0))
     shardings = tree_shardings(shapes, mesh)
-    placement = Placement(
-        mesh,
-        shardings,
-        batch_sharding(mesh),
-        config.batch_size,
-        sequence_parallel(mesh, config.mesh),
-    )
+    parallel = sequence_parallel(mesh, config.mesh)
+    if parallel is not None:
+        for run in config.model.alike_runs:
+            parallel.check(run.attention, config.sequence_length)
+    placement = Placement(mesh, shardings, batch_sharding(mesh), config.batch_size, parallel)
     return abstract_with(shardings, shapes), placement
 
 

@@ -96,6 +96,17 @@ class SequenceParallel:
             )
         return self.strategy
 
+    def check(self, config: MechanismConfig, tokens: int) -> Strategy:
+        """The strategy for sequences of ``tokens``.
+
+        Raises:
+          ValueError: if they cannot be split evenly.
+          NotImplementedError: as :meth:`strategy_of`.
+        """
+        strategy = self.strategy_of(config)
+        _check_tokens(tokens, config, self.count, self.order, strategy)
+        return strategy
+
 
 def call(
     mechanism: Any,
@@ -134,8 +145,7 @@ def call(
     shards = Shards(parallel.sequence_axis, count, cache is not None, rows, order=parallel.order)
     specs = None
     if cache is None:
-        shards = dataclasses.replace(shards, strategy=parallel.strategy_of(config))
-        _check_tokens(tokens, config, shards)
+        shards = dataclasses.replace(shards, strategy=parallel.check(config, tokens))
     else:
         _check_cache(mechanism, cache, shards, attend, inspect)
         valid = jnp.ones((batch, tokens), bool) if segment_ids is None else segment_ids > 0
@@ -264,17 +274,19 @@ def split_cache(mechanism: Any, cache: Any, parallel: SequenceParallel) -> Any:
     )
 
 
-def _check_tokens(tokens: int, config: MechanismConfig, shards: Shards) -> None:
-    unit = shards.count * (2 if shards.order == "zigzag" else 1)
+def _check_tokens(
+    tokens: int, config: MechanismConfig, count: int, order: Order, strategy: Strategy
+) -> None:
+    unit = count * (2 if order == "zigzag" else 1)
     if tokens % unit:
         raise ValueError(
-            f"{tokens} tokens cannot be split over {shards.count} devices in {shards.order} "
-            f"order; use a multiple of {unit}"
+            f"{tokens} tokens cannot be split over {count} devices in {order} order; "
+            f"use a multiple of {unit}"
         )
     mine, block = tokens // unit, config.alignment
-    if shards.strategy != "replicate" and mine % block:
+    if unit > 1 and strategy != "replicate" and mine % block:
         raise ValueError(
-            f"{tokens} tokens over {shards.count} devices in {shards.order} order are stretches of "
+            f"{tokens} tokens over {count} devices in {order} order are stretches of "
             f"{mine}, not a multiple of the {block} tokens that {type(config).__name__} aligns to; "
             f'use a multiple of {unit * block} tokens, or strategy="replicate"'
         )

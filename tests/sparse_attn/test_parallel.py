@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 from parallel_cases import Case, compare
 
-from sparse_attn import H2O, NSA, Dense, MoBA, Routing, merge, ranged_attention
+from sparse_attn import H2O, NSA, Dense, MoBA, Routing
 from sparse_attn.parallel import SequenceParallel, call, split_cache, zigzag_order
 from sparse_attn.shards import WHOLE, Shards
 
@@ -164,29 +164,13 @@ def test_what_a_mechanism_cannot_do_is_refused_with_the_way_out():
     cache = policy.init_cache(1, 64, jnp.float32)
     with pytest.raises(NotImplementedError, match="PolicyCache"):
         split_cache(policy, cache, SequenceParallel(mesh()))
-    refused(Dense(), ValueError, "query_heads=4 .* 8 devices", on=mesh(8), strategy="ulysses")
+    ulysses = SequenceParallel(mesh(8), strategy="ulysses")
+    with pytest.raises(ValueError, match=r"query_heads=4 .* 8 devices"):
+        jax.eval_shape(lambda: call(module, heads, parallel=ulysses)[0])
     with pytest.raises(ValueError, match=r"lacks the axes \['sequence'\]"):
         SequenceParallel(AbstractMesh((2, 2), ("data", "fsdp")))
     with pytest.raises(ValueError, match=r"unknown axes \['expert'\]"):
         SequenceParallel(mesh(expert=2))
-
-
-def test_parts_of_a_cache_merge_to_the_whole():
-    """The rule of Shards.merged, written out for two devices by the public merge."""
-    rng = np.random.default_rng(0)
-    q, k, v = (
-        jnp.asarray(rng.standard_normal((1, n, h, 8)), jnp.float32)
-        for n, h in ((3, 4), (16, 2), (16, 2))
-    )
-    start, stop = jnp.asarray([[0, 2, 9]]), jnp.asarray([[5, 12, 16]])
-    whole = ranged_attention(q, k, v, start, stop)
-    halves = [
-        ranged_attention(q, k[:, at : at + 8], v[:, at : at + 8], start - at, stop - at)
-        for at in (0, 8)
-    ]
-    merged = merge(*halves)
-    np.testing.assert_allclose(merged.out, whole.out, atol=1e-6)
-    np.testing.assert_allclose(merged.lse, whole.lse, atol=1e-6)
 
 
 def rows_of(**wanted):
