@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -24,6 +25,8 @@ from train.evaluation.results import Results
 from train.evaluation.rows import cell_order
 from train.evaluation.statistics import Interval, paired_difference
 from train.evaluation.store import Cell
+
+_FILE_WIDTH = 150
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,11 +127,11 @@ def different(first: Results, second: Results) -> dict[str, tuple[Any, Any]]:
 
 def show(compared: list[Compared], console: Console) -> None:
     """The table."""
-    table = Table()
+    table = Table(box=box.SIMPLE)
     for name in ("task", "protocol", "method", "metric"):
-        table.add_column(name)
-    for name in ("length", "samples", "first", "second", "second - first [95 %]"):
-        table.add_column(name, justify="right")
+        table.add_column(name, no_wrap=True)
+    for name in ("length", "samples", "first", "second", "second - first \\[95 %]"):
+        table.add_column(name, justify="right", no_wrap=True)
     for one in compared:
         cell = one.cell
         low, high = (None if math.isnan(end) else end for end in one.difference[1:])
@@ -151,7 +154,8 @@ def main(arguments: Arguments) -> None:
     """Load, compare, print, and write."""
     first, second = Results.load(arguments.first), Results.load(arguments.second)
     compared = compare(first, second)
-    console = Console()
+    terminal = Console()
+    console = terminal if terminal.is_terminal else Console(width=_FILE_WIDTH)
     for name, values in different(first, second).items():
         console.print(f"{name}: {values[0]} | {values[1]}", markup=False)
     shown = [one for one in compared if one.changed or not arguments.changed]

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,10 @@ TEXT = Cell("perplexity", 1024, "dense", None, "A")
 def script():
     spec = importlib.util.spec_from_file_location("compare_runs", SCRIPT)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
     spec.loader.exec_module(module)
-    return module
+    yield module
+    del sys.modules[spec.name]
 
 
 def run(title, values, metric="score", **settings):
@@ -47,7 +50,7 @@ def test_cells_are_compared_on_common_samples(script):
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_differences_beyond_their_interval_count(script, sign):
-    first = run("a", {VT: {n: 0.5 for n in range(10)}})
+    first = run("a", {VT: dict.fromkeys(range(10), 0.5)})
     second = run("b", {VT: {n: 0.5 + sign * (0.1 + 0.01 * n) for n in range(10)}})
     (one,) = script.compare(first, second)
     assert one.changed
