@@ -94,7 +94,8 @@ def compare(first: Results, second: Results) -> list[Compared]:
             continue
         if metrics[0][cell] != metrics[1][cell]:
             raise ValueError(
-                f"{cell} is {metrics[0][cell]!r} in one and {metrics[1][cell]!r} there"
+                f"{cell} states {metrics[0][cell]!r} in one run and {metrics[1][cell]!r} in the "
+                "other; they cannot be subtracted"
             )
         before, after = ([run[cell][n] for n in common] for run in (ours, theirs))
         compared.append(
