@@ -73,8 +73,9 @@ FULL = [
 @pytest.mark.parametrize("cases", [QUICK, pytest.param(FULL, marks=pytest.mark.full)])
 def test_strategies_orders_and_meshes_equal_one_device(cases):
     for case, found in zip(cases, compare(cases), strict=True):
-        for what in ("output", "gradients", "parameters", "loss", "statistics"):
+        for what in ("output", "gradients", "parameters", "statistics"):
             assert found[what] < 1e-12, (case, what, found)
+        assert found["loss"] < 1e-7, (case, "a loss is float32", found)
         assert found["selects_the_same"] in (True, None), case
         losing = dict(case.changes).keys() & {"joint_loss", "commitment"} or case.attend == "fit"
         assert found["loss_value"] > 0 or not losing, "the case is to have a loss"
