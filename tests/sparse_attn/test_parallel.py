@@ -83,14 +83,14 @@ def test_strategies_orders_and_meshes_equal_one_device(cases):
 
 DECODING = [
     Case(name, decode=True, sequence=4)
-    for name in ("NSA-1", "InfLLMV2-0", "MoBA-0", "Seer-0", "HashAttention-0", "DSA-0")
+    for name in ("NSA-0", "NSA-1", "InfLLMV2-0", "Seer-0", "HashAttention-0", "DSA-0")
 ]
 
 
 @pytest.mark.parametrize(
     "cases",
     [
-        [Case("Dense-1", decode=True), Case("NSA-0", decode=True, data=2, sequence=2)],
+        [Case("Dense-1", decode=True), Case("MoBA-0", decode=True, data=2, sequence=2)],
         pytest.param(DECODING, marks=pytest.mark.full),
     ],
 )
