@@ -4,8 +4,9 @@
     python scripts/smollm2_grid.py --tasks nll --lengths 4096 --policies hash,oracle --samples 12
 
 Tasks: ``nll``, nats a token of the last 512 tokens of a held-out text (SOTU after 1970) of the
-given length; ``niah_single_1`` and ``niah_single_2``, whether greedy decoding begins with the
-hidden number (scored by teacher forcing: all of its tokens are the likeliest given those before).
+given length; ``niah_single_1`` and ``niah_single_2``, whether greedy decoding after the question
+and a space gives the hidden number (scored by teacher forcing: each of its tokens is the likeliest
+given those before. The space is given because the model likes to put a colon before it).
 Every policy selects one list a kv head, with the budget (a share of the causal keys) beyond 16
 sinks and 64 recent keys; layer 0 stays dense. Samples are the outer loop and every sample's dense
 prefill is shared by all policies and budgets (train/evaluation/protocols.py).
@@ -209,8 +210,9 @@ class Grid:
             return text_parts(tokens.astype(np.int32), SCORED)
         made = make_sample(task, sample, length, self.tokenizer)
         prompt = prompt_tokens(made, self.tokenizer)
-        answer = self.tokenizer.encode(" " + made.answers[0])
-        return Parts(prompt.context, prompt.question, answer)
+        space, *number = self.tokenizer.encode(f" {made.answers[0]}").tolist()
+        question = np.concatenate([prompt.question, [space]]).astype(np.int32)
+        return Parts(prompt.context, question, np.asarray(number, np.int32))
 
     def decoder(self, cell: Cell) -> Decoder:
         """The model with a cell's attention."""
