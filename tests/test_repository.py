@@ -90,7 +90,11 @@ def test_python_version_is_the_oldest_supported():
 
 
 @pytest.mark.parametrize(
-    "document", ["README.md", "CONTRIBUTING.md", "docs/benchmarks.md", "docs/training.md"]
+    "document",
+    [
+        *("README.md", "CONTRIBUTING.md", "docs/benchmarks.md", "docs/training.md"),
+        *("docs/parallel.md", "docs/evaluation.md", "docs/smollm2.md"),
+    ],
 )
 def test_documents_name_real_commands(document):
     text = (ROOT / document).read_text()
