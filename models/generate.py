@@ -157,18 +157,45 @@ def stream(
     capacity = _round_up(int(lengths.max()) + max_new_tokens, PROMPT_BUCKET)
     caches = decoder.init_caches(len(prompts), capacity, cache_dtype)
 
-    prefill, first, decode = (
-        _prefill(graphdef),
-        _first(graphdef, sampling),
-        _decode(graphdef, sampling),
-    )
+    prefill, first = _prefill(graphdef), _first(graphdef, sampling)
     last = jnp.zeros((len(prompts), decoder.config.model_width), decoder.config.compute_dtype)
     for begin in range(0, tokens.shape[1], chunk):
         piece = slice(begin, begin + chunk)
         caches, last = prefill(params, state, tokens[:, piece], segment_ids[:, piece], caches, last)
     new = first(params, state, last, seeds, lengths)
-    finished = np.zeros(len(prompts), bool)
-    continuations: list[list[int]] = [[] for _ in prompts]
+    yield from go_on(
+        decoder,
+        new,
+        lengths,
+        caches,
+        max_new_tokens,
+        sampling,
+        seeds,
+        stop_tokens,
+        ended=ended,
+    )
+
+
+def go_on(
+    decoder: Decoder,
+    new: Int[Array, " B"],
+    lengths: Int[np.ndarray, " B"],
+    caches: tuple[Any, ...],
+    max_new_tokens: int,
+    sampling: Sampling,
+    seeds: Int[Array, " B"],
+    stop_tokens: Sequence[int] = (),
+    *,
+    ended: Ended | None = None,
+) -> Iterator[list[int | None]]:
+    """:func:`stream` from caches that hold ``lengths`` [B] tokens, and the token ``new`` [B] after
+    them. The caches are used up; the decoder has one module a layer.
+    """
+    graphdef, params, state = split(decoder)
+    decode = _decode(graphdef, sampling)
+    rows = len(lengths)
+    finished = np.zeros(rows, bool)
+    continuations: list[list[int]] = [[] for _ in range(rows)]
     for step in range(max_new_tokens):
         drawn = np.asarray(new)
         finished = finished | np.isin(drawn, np.asarray(stop_tokens, np.int64))

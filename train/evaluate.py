@@ -3,20 +3,24 @@
 python -m train.evaluate --config configs/quickstart.py --checkpoint runs/quickstart
 python -m train.evaluate --checkpoint runs/quickstart --evaluation.windows 8
 python -m train.evaluate --checkpoint runs/quickstart-dense --policy quest:budget=64
+python -m train.evaluate --config configs/hash_smollm2.py --tasks niah_single_1,perplexity \\
+    --lengths 1024 --samples 4 --policies dense quest oracle_topk --budgets 1/8,1/32
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -33,6 +37,9 @@ from train.config import (
     load_run_config,
 )
 from train.evaluation.report import Report
+
+if TYPE_CHECKING:
+    from train.evaluation.suite import Plan, Subject
 
 PROGRAM = "python -m train.evaluate"
 BOUND = ("model.", "tokenizer.", "data.")
@@ -52,6 +59,22 @@ class Arguments:
     policy: str = ""
     """Attend by a training-free policy instead, `NAME` or `NAME:FIELD=VALUE,...`; for models with
     one K/V branch."""
+    tasks: str = ""
+    """Ask these tasks instead of scoring windows, NAME,NAME,...: RULER's, recall, perplexity (see
+    docs/evaluation.md). Without a trained run the model that the recipe starts from is asked."""
+    lengths: str = "1024"
+    """Tokens of the tasks' samples: T,T,..."""
+    samples: int = 16
+    """Of every task and length."""
+    policies: tuple[str, ...] = ()
+    """Columns of the report: dense, own, or `NAME:FIELD=VALUE,...`; by default dense, and own if
+    that is another."""
+    budgets: str = ""
+    """Tried by every policy that has one: keys or shares of them, as 1/8,1/32 or 64,256."""
+    protocol: Literal["A", "B", "C"] = "B"
+    """What is sparse: A the answer, B the question and the answer, C everything."""
+    scored: int = 512
+    """Last tokens of a text that perplexity scores."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -65,7 +88,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
         parsed = parse(arguments)
-        evaluate(parsed.run, parsed.checkpoint, policy=parsed.policy, console=Console())
+        if parsed.tasks:
+            ask(parsed, Console())
+        else:
+            evaluate(parsed.run, parsed.checkpoint, policy=parsed.policy, console=Console())
     except UserError as error:
         console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         return 2
@@ -243,6 +269,101 @@ def evaluate(
         report.print(console)
         console.print(f"written to {path}", highlight=False)
     return report
+
+
+def ask(arguments: Arguments, console: Console) -> Path:
+    """Run the tasks of the command line on a trained run, or on the published model that its recipe
+    starts from; finished samples are kept, so the same command goes on after a stop.
+
+    Returns:
+      The folder of report.html, report.md and results.json.
+
+    Raises:
+      UserError: if tasks, policies and model do not fit each other, or there is no model.
+    """
+    from rich.progress import Progress
+
+    from train.checkpoint import is_run
+    from train.evaluation.suite import OWN, Plan, run
+
+    config = arguments.run
+    run_dir = Path(arguments.checkpoint or config.run_dir)
+    trained = (run_dir / "checkpoints").is_dir()
+    if not trained and (not config.init_from or is_run(config.init_from)):
+        _existing(run_dir)
+    with _user_errors():
+        own = ("dense", OWN) if trained and config.model.attention != Dense() else ("dense",)
+        plan = Plan(
+            tasks=_names(arguments.tasks),
+            lengths=tuple(int(length) for length in _names(arguments.lengths)),
+            samples=arguments.samples,
+            policies=arguments.policies or own,
+            budgets=tuple(_budget(text) for text in _names(arguments.budgets)),
+            protocol=arguments.protocol,
+            scored=arguments.scored,
+        )
+        subject = _subject(config, run_dir if trained else None, plan)
+        folder = run_dir / "evaluation"
+        with Progress(console=Console(stderr=True)) as bar:
+            task = bar.add_task("samples", total=None)
+            run(
+                subject,
+                plan,
+                folder,
+                progress=lambda done, of, cell, sample: bar.update(
+                    task, completed=done, total=of, description=f"{cell.task} {cell.policy}"
+                ),
+            )
+    console.print((folder / "report.md").read_text(encoding="utf-8"), markup=False, highlight=False)
+    console.print(f"written to {folder / 'report.html'}", highlight=False)
+    return folder
+
+
+def _subject(config: RunConfig, run_dir: Path | None, plan: Plan) -> Subject:
+    """The model, its tokenizer and held-out texts."""
+    from models.loading import load
+    from train.checkpoint import load_decoder
+    from train.data import evaluation_documents
+    from train.evaluation.suite import Subject
+    from train.tokenizer import load_tokenizer
+
+    if run_dir is not None:
+        decoder, _, step = load_decoder(run_dir)
+        tokenizer = load_tokenizer(run_dir / TOKENIZER_FOLDER)
+        name = f"{run_dir.name} at step {step}"
+    else:
+        loaded = load(config.init_from, attention=Dense())
+        if loaded.tokenizer is None:
+            raise ValueError(f"{config.init_from} comes without a tokenizer; add tokenizer.json")
+        decoder, tokenizer, name = loaded.decoder, loaded.tokenizer, config.init_from
+
+    @functools.cache
+    def texts(length: int) -> list[Any]:
+        found = evaluation_documents(config.data, tokenizer, max_tokens=length)
+        return [one.tokens for one in found if len(one.tokens) >= length]
+
+    def text(number: int, length: int) -> Any:
+        known = texts(length)
+        if number >= len(known):
+            raise ValueError(
+                f"{len(known)} held-out documents have {length} tokens; use at most as many "
+                f"--samples, not {plan.samples}, or shorter --lengths"
+            )
+        return known[number]
+
+    return Subject(decoder, tokenizer, text, name, config.model.dense_layers)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _budget(text: str) -> int | float:
+    try:
+        value = Fraction(text)
+    except (ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"--budgets {text!r} is no number of keys and no share of them") from error
+    return int(value) if value.denominator == 1 else float(value)
 
 
 def mean_density(config: RunConfig, lengths: Sequence[int], measured: float | None) -> float:

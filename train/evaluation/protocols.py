@@ -32,6 +32,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from models.generate import Ended, Sampling, go_on
 from models.rope import RopeConfig, make_rope
 from models.transformer import Decoder, Tree
 from sparse_attn.types import Attend
@@ -202,6 +203,61 @@ def score(
     nats, greedy = _predictions(decoder, jnp.concatenate(rows, axis=1)[0], parts.answer)
     layers = tuple({name: float(v) for name, v in report.items()} for report in reports)
     return Score(nats, greedy, layers)
+
+
+def answer(
+    decoder: Decoder,
+    parts: Parts,
+    prefix: Prefix,
+    caches: Sequence[Any],
+    *,
+    stop_tokens: Sequence[int] = (),
+    ended: Ended | None = None,
+    inspect: bool = False,
+) -> tuple[list[int], tuple[dict[str, float], ...]]:
+    """Generate greedily up to as many tokens as ``parts.answer`` has, whatever they are, through
+    the program that :func:`models.generate.generate` decodes with; ``caches`` stay as they are.
+
+    Args:
+      decoder, parts, prefix, caches: as for :func:`score`.
+      stop_tokens: that end the answer without being part of it.
+      ended: asked after every token, see :data:`models.generate.Ended`.
+      inspect: whether to measure the selections of the sparse prompt rows (none under A).
+
+    Returns:
+      The tokens, and what each layer's selection reported.
+    """
+    given = len(parts.context) + len(parts.question)
+    tokens = np.concatenate([parts.context, parts.question])[prefix.length :].astype(np.int32)
+    reports: list[dict[str, Array]] = [{} for _ in caches]
+    own = list(caches)
+    if len(tokens):
+        padded, segment_ids = _padded(tokens)
+        x = decoder.embed(padded)
+        for number, (layer, cache) in enumerate(zip(_layers(decoder), caches, strict=True)):
+            x, own[number], reports[number] = layer.call(
+                x, cache, segment_ids, "sparse", inspect=inspect
+            )
+        hidden = decoder.final_norm(x)[:, len(tokens) - 1]
+    else:
+        assert prefix.hidden is not None
+        hidden = prefix.hidden[:, prefix.length - 1]
+        # Decoding uses its caches up, and these serve other budgets.
+        own = [jax.tree.map(jnp.copy, cache) for cache in own]
+    new = jnp.argmax(decoder.logits(hidden), axis=-1).astype(jnp.int32)
+    steps = go_on(
+        decoder,
+        new,
+        np.asarray([given], np.int32),
+        tuple(own),
+        len(parts.answer),
+        Sampling(),
+        jnp.zeros((1,), jnp.uint32),
+        stop_tokens,
+        ended=ended,
+    )
+    layers = tuple({name: float(v) for name, v in report.items()} for report in reports)
+    return [token for (token,) in steps if token is not None], layers
 
 
 def layer_heads(

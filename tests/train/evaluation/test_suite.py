@@ -1,0 +1,157 @@
+"""train.evaluation.suite: what is asked, by the path that generates, resumable to the byte."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from models.config import ModelConfig
+from models.generate import generate
+from models.transformer import Decoder
+from models.upcycle import attending
+from sparse_attn import NSA, Dense, HashAttention
+from sparse_attn.policies import OracleTopK, Quest
+from train.evaluation import suite
+from train.evaluation.protocols import answer, fill_caches, prefill
+from train.evaluation.store import SAMPLES_FILE
+from train.evaluation.suite import Plan, Subject, run
+from train.tokenizer import ByteTokenizer
+
+MODEL = ModelConfig(
+    vocab_size=259,
+    layers=2,
+    model_width=16,
+    query_heads=2,
+    kv_heads=1,
+    head_width=8,
+    mlp_width=32,
+    attention=Dense(),
+    scan_layers=False,
+)
+PLAN = Plan(
+    tasks=("niah_single_1", "perplexity"),
+    lengths=(768,),
+    samples=2,
+    policies=("dense", "oracle_topk:recent=8"),
+    budgets=(16, 1 / 4),
+    scored=32,
+)
+
+
+def texts(number, length):
+    return np.random.default_rng(number).integers(3, 259, length)
+
+
+@pytest.fixture(scope="module")
+def subject():
+    decoder = Decoder(MODEL, rngs=nnx.Rngs(0))
+    return Subject(decoder, ByteTokenizer(), texts, "small", dense_layers=(0,))
+
+
+@pytest.fixture(scope="module")
+def finished(subject, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluation")
+    return folder, run(subject, PLAN, folder)
+
+
+def test_every_cell_has_its_samples_and_its_cost(finished):
+    folder, results = finished
+    rows = {(row.cell.task, row.cell.policy, row.cell.budget): row for row in results.rows}
+    assert len(rows) == 2 * (1 + 2)
+    assert all(row.samples == 2 for row in rows.values())
+    for task in PLAN.tasks:
+        full = rows[task, PLAN.policies[1], 1 / 4].metrics
+        small = rows[task, PLAN.policies[1], 16].metrics
+        assert small["density_pairs"] < full["density_pairs"] < 1
+        assert small["captured_mass"] < full["captured_mass"]
+    text = rows["perplexity", "dense", None]
+    assert text.conditions.better == "lower"
+    assert 4 < text.value < 7, "an untrained model over 259 tokens"
+    assert rows["niah_single_1", "dense", None].value == 0
+    assert {path.name for path in folder.iterdir()} == {
+        *("samples.jsonl", "results.json", "report.md", "report.html")
+    }
+
+
+def test_an_evaluation_goes_on_where_it_was_killed_and_ends_the_same(
+    subject, finished, tmp_path, monkeypatch
+):
+    folder, results = finished
+    whole = (folder / SAMPLES_FILE).read_bytes().splitlines(keepends=True)
+    # Killed while the fifth sample was being written; the first line holds the settings.
+    (tmp_path / SAMPLES_FILE).write_bytes(b"".join(whole[:5]) + whole[5][:20])
+    asked = []
+    told = suite.run(subject, PLAN, tmp_path, progress=lambda *where: asked.append(where[0]))
+    assert asked == list(range(5, 13))
+    assert told == results
+    for name in ("results.json", "report.md", "report.html"):
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+    run(subject, PLAN, tmp_path, progress=lambda *where: pytest.fail("nothing is left to run"))
+
+
+@pytest.mark.parametrize("attention", [Dense(), Quest(budget=16, page=8, recent=8)])
+def test_answers_are_what_generation_gives(subject, attention):
+    """Protocol C is sparse throughout, as generation is."""
+    own = attending(subject.decoder, dataclasses.replace(MODEL, attention=attention))
+    question = suite._question(subject, PLAN, "niah_single_1", 768, 0)
+    parts = dataclasses.replace(question.parts, answer=np.zeros(12, np.int32))
+    prefix = prefill(own, parts, "C")
+    caches = fill_caches(own, parts, prefix)
+    found, _ = answer(own, parts, prefix, caches)
+    again, _ = answer(own, parts, prefix, caches)
+    prompt = np.concatenate([parts.context, parts.question]).tolist()
+    assert found == again == generate(own, [prompt], 12)[0]
+
+
+def test_protocol_a_leaves_the_caches_for_the_next_budget(subject):
+    sparse = attending(
+        subject.decoder, dataclasses.replace(MODEL, attention=OracleTopK(budget=16, recent=8))
+    )
+    question = suite._question(subject, PLAN, "niah_single_1", 768, 1)
+    parts = dataclasses.replace(question.parts, answer=np.zeros(6, np.int32))
+    prefix = prefill(subject.decoder, parts, "A")
+    caches = fill_caches(sparse, parts, prefix)
+    first, _ = answer(sparse, parts, prefix, caches)
+    assert answer(sparse, parts, prefix, caches)[0] == first
+    assert int(caches[0].length[0]) == len(parts.context) + len(parts.question)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tasks": ("niah",)}, r"tasks=\('niah',\): choose some of perplexity, "),
+        ({"tasks": ()}, "choose some of"),
+        ({"policies": ("quest:pages=8",)}, "must read NAME:FIELD=VALUE"),
+        ({"protocol": "D"}, "use A, B or C"),
+        ({"lengths": (33,)}, "lengths of at least 34"),
+        ({"samples": 0}, "samples=0"),
+    ],
+)
+def test_a_plan_that_cannot_be_run(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(PLAN, **changes)
+
+
+def test_a_model_with_branches_of_its_own_is_asked_as_it_is(tmp_path):
+    nsa = NSA(
+        compression_block=4, compression_stride=2, selection_block=8, selected_blocks=4, window=8
+    )
+    decoder = Decoder(dataclasses.replace(MODEL, attention=nsa), rngs=nnx.Rngs(0))
+    subject = Subject(decoder, ByteTokenizer(), texts)
+    plan = Plan(("perplexity",), (64,), 1, ("own",), protocol="C", scored=16)
+    (row,) = run(subject, plan, tmp_path / "own").rows
+    assert row.samples == 1
+    with pytest.raises(ValueError, match=r"NSA has others of its own; use --policies own"):
+        run(subject, dataclasses.replace(plan, policies=("dense",)), tmp_path / "dense")
+
+
+def test_a_selector_of_its_own_meets_policies_on_the_same_weights(tmp_path):
+    hashing = HashAttention(bits=8, budget=8, sinks=2, recent=4, hidden=8)
+    decoder = Decoder(dataclasses.replace(MODEL, attention=hashing), rngs=nnx.Rngs(0))
+    subject = Subject(decoder, ByteTokenizer(), texts)
+    plan = Plan(("perplexity",), (64,), 1, ("dense", "own", "random:budget=8"), scored=16)
+    rows = {row.cell.policy: row for row in run(subject, plan, tmp_path).rows}
+    assert rows["own"].metrics["density_pairs"] < 1
+    assert jnp.isfinite(rows["random:budget=8"].difference)
