@@ -165,6 +165,32 @@ def test_report_of_a_run(config, run, decoder, texts, capsys):
     assert found["bits_per_byte_teacher_forced"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_tasks_of_a_run_from_the_command_line(config, tmp_path, capsys):
+    model = dataclasses.replace(config.model, attention=Dense(), layers=1)
+    config = dataclasses.replace(config, model=model, run_dir=str(tmp_path / "dense"))
+    folder = save_run(config, Decoder(model, rngs=nnx.Rngs(0)))
+    asked = [
+        *("--checkpoint", str(folder), "--tasks", "perplexity", "--lengths", "64"),
+        *("--samples", "2", "--scored", "16", "--protocol", "C"),
+        *("--policies", "dense", "random:recent=4", "--budgets", "1/8,8"),
+    ]
+    assert evaluation.main(asked) == 0
+    found = json.loads((folder / "evaluation" / "results.json").read_text())["rows"]
+    assert [(row["policy"], row["budget"]) for row in found] == [
+        *(("dense", None), ("random:recent=4", 0.125), ("random:recent=4", 8))
+    ]
+    assert all(row["samples"] == 2 and row["protocol"] == "C" for row in found)
+    assert "report.html" in capsys.readouterr().out
+    for wrong, message in (
+        (["--samples", "99"], "use at most as many --samples"),
+        (["--budgets", "many"], "no number of keys"),
+        (["--tasks", "niah"], "choose some of perplexity"),
+        (["--scored", "8"], "made with other settings"),
+    ):
+        assert evaluation.main([*asked, *wrong]) == 2
+        assert message in " ".join(capsys.readouterr().err.split())
+
+
 def test_density_counts_every_layer(config):
     lengths = [40, 40]
     half = dataclasses.replace(config.model, dense_layers=(0,))
@@ -180,6 +206,7 @@ def test_density_counts_every_layer(config):
         (["--checkpoint"], "needs a path"),
         (["--checkpoint", "runs/nowhere"], "no run folder"),
         (["--config", "configs/nothing.py"], "nothing.py"),
+        (["--config", "configs/tiny.py", "--tasks", "perplexity"], "no run folder"),
         (["--config", "configs/tiny.py", "--sequence-length", "60"], "not a multiple of 8"),
     ],
 )
