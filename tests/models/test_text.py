@@ -124,6 +124,7 @@ def test_the_command_line_continues_a_run_with_any_mechanism(run_folder, capsys)
     assert "[1] " in several.out
 
 
+@pytest.mark.full
 def test_a_mapping_file_goes_from_a_run_to_the_command_line(run_folder, tmp_path, capsys):
     target, file = tmp_path / "hash", tmp_path / "mapping.safetensors"
     config = load_run_config(run_folder)

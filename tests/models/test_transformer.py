@@ -311,7 +311,7 @@ def test_prefill_and_decode_equal_teacher_forcing(attention, sizes, stacked):
         (DENSE, "full", True),
         (DENSE, "dots", True),
         (DENSE, "full", False),
-        (SPARSE, "selection", True),
+        pytest.param(SPARSE, "selection", True, marks=pytest.mark.full),
     ],
 )
 def test_remat_changes_no_gradient(attention, remat, scan_layers):

@@ -171,6 +171,7 @@ def test_equal_scores_select_the_latest_tokens_in_prefill_and_decode(x64):
         at += size
 
 
+@pytest.mark.full
 def test_dense_steps_keep_index_keys(x64):
     parts = cases.arrays(SHAPE, 1, 2, T)
     module = cases.mechanism(SMALL, SHAPE)

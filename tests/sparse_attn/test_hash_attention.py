@@ -264,6 +264,7 @@ def test_fit_loss_and_recall_follow_the_formulas(changes, x64):
     np.testing.assert_allclose(out, want, atol=1e-12)
 
 
+@pytest.mark.full
 def test_chunks_of_fitted_rows_change_nothing(x64, monkeypatch):
     module = cases.mechanism(FIT, SHAPE)
     parts = cases.arrays(SHAPE, 1, 1, 36)
@@ -309,6 +310,7 @@ def test_fit_gradient_reaches_the_mappings_alone(loss, x64):
         assert (gradient == 0).all()
 
 
+@pytest.mark.full
 def test_joint_loss_adds_to_the_model_without_touching_it(x64):
     parts = cases.arrays(SHAPE, 1, 1, T)
     alone, by_parts, aux = gradients(dataclasses.replace(FIT, joint_loss=0.0), parts, "sparse")

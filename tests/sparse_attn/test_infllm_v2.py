@@ -219,6 +219,7 @@ def test_decoding_turns_sparse_at_dense_len(x64):
     assert (np.abs(out - always)[:, 24].max() > 1e-3).all()
 
 
+@pytest.mark.full
 def test_sequence_switch_follows_the_length_so_far(x64):
     config = dataclasses.replace(SMALL, switch="sequence")
     parts = cases.arrays(SHAPE, 1, 2, T)

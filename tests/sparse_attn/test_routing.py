@@ -417,7 +417,7 @@ def test_dense_attendance_is_dense_and_still_reports_statistics(config, attend, 
     assert float(aux.statistics["key_counts"].sum()) == T * (4 if config is PAPER else 2)
 
 
-@pytest.mark.parametrize("routing_heads", [None, 1])
+@pytest.mark.parametrize("routing_heads", [pytest.param(None, marks=pytest.mark.full), 1])
 def test_gradients_of_the_joint_softmax_equal_plain_autodiff(routing_heads, x64):
     parts = cases.arrays(SHAPE, 1, 2, T)
     seed = jnp.asarray(np.random.default_rng(6).standard_normal((2, T, 4, 8)))

@@ -205,6 +205,7 @@ def test_wandb_is_asked_for_but_missing(config, monkeypatch):
         run(asked)
 
 
+@pytest.mark.full
 def test_inspection_compares_selections_with_dense(config):
     attention = NSA(
         compression_block=4,

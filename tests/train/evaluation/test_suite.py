@@ -147,6 +147,7 @@ def test_a_model_with_branches_of_its_own_is_asked_as_it_is(tmp_path):
         run(subject, dataclasses.replace(plan, policies=("dense",)), tmp_path / "dense")
 
 
+@pytest.mark.full
 def test_a_selector_of_its_own_meets_policies_on_the_same_weights(tmp_path):
     hashing = HashAttention(bits=8, budget=8, sinks=2, recent=4, hidden=8)
     decoder = Decoder(dataclasses.replace(MODEL, attention=hashing), rngs=nnx.Rngs(0))
