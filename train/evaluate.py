@@ -314,7 +314,8 @@ def ask(arguments: Arguments, console: Console) -> Path:
                     task, completed=done, total=of, description=f"{cell.task} {cell.policy}"
                 ),
             )
-    console.print((folder / "report.md").read_text(encoding="utf-8"), markup=False, highlight=False)
+    report = (folder / "report.md").read_text(encoding="utf-8")
+    console.print(report, markup=False, highlight=False, soft_wrap=True)
     console.print(f"written to {folder / 'report.html'}", highlight=False)
     return folder
 
