@@ -9,8 +9,9 @@ a result (of one device) of n bytes,
     all-to-all          (g - 1) / g  n
     collective-permute  n                   times the share of devices that have a source
 
-whatever algorithm runs. Collectives in a loop count as often as the loop runs; both branches of a
-conditional count. Groups of one device move nothing.
+whatever algorithm runs, at once or asynchronously (counted where it starts). Collectives in a loop
+count as often as the loop runs; both branches of a conditional count. Groups of one device move
+nothing.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ def collective_bytes(hlo: str | None, *, at_least: bool = False) -> dict[str, in
     ``at_least``: a loop whose length is unknown counts once.
 
     Raises:
-      ValueError: for asynchronous collectives, a loop of unknown length around a collective (unless
-        ``at_least``), or replica groups in an unknown notation.
+      ValueError: for a loop of unknown length around a collective (unless ``at_least``), or replica
+        groups in an unknown notation.
     """
     if not hlo:
         raise ValueError("there is no text to read; pass compiled.as_text()")
@@ -56,10 +57,10 @@ def collective_bytes(hlo: str | None, *, at_least: bool = False) -> dict[str, in
             if match is None:
                 continue
             result, operation, rest = match.groups()
-            if operation.removesuffix("-start") in KINDS and operation.endswith("-start"):
-                raise ValueError(f"asynchronous collective {operation}: compile for CPU devices")
-            if operation in KINDS:
-                total[operation] += _received(operation, _bytes(result), rest, devices)
+            kind = operation.removesuffix("-start")
+            if kind in KINDS:
+                size = _bytes(result if kind == operation else _started(kind, result))
+                total[kind] += _received(kind, size, rest, devices)
             times = 1
             inside: Counter[str] = Counter()
             for one, several in _CALLED.findall(rest):
@@ -103,6 +104,18 @@ def _bytes(result: str) -> int:
         elements = math.prod(int(size) for size in sizes.split(",") if size)
         total += elements * max(bits, 8) // 8
     return total
+
+
+def _started(kind: str, result: str) -> str:
+    """The result of an asynchronous collective, whose ``-start`` shows operands and state as well:
+    (operands, results), and for a permutation two counters more.
+    """
+    arrays = [match[0] for match in _ARRAY.finditer(result)]
+    if kind == "all-reduce":
+        return result
+    if kind == "collective-permute":
+        arrays = [array for array in arrays if array != "u32[]"]
+    return " ".join(arrays[len(arrays) // 2 :])
 
 
 def _received(operation: str, size: int, rest: str, devices: int) -> int:
