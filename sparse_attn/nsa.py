@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
@@ -162,11 +163,12 @@ class NSA(MechanismConfig):
 
         A compressed entry counts as one key.
         """
-        t = jnp.arange(1, length + 1)
+        # On the host: the number of pairs is beyond 32 bits from 64k tokens on.
+        t = np.arange(1, length + 1)
         budget = self.selected_blocks * self.selection_block
-        entries = jnp.maximum((t - self.compression_block) // self.compression_stride + 1, 0)
-        attended = jnp.minimum(t, budget) + jnp.minimum(t, self.window) + entries
-        return float(jnp.sum(jnp.minimum(attended, t) / jnp.sum(t)))
+        entries = np.maximum((t - self.compression_block) // self.compression_stride + 1, 0)
+        attended = np.minimum(t, budget) + np.minimum(t, self.window) + entries
+        return float(np.minimum(attended, t).sum() / t.sum())
 
     def auxiliary_bits(self, shape: HeadShape, element_bits: int = 16) -> float:
         """One compressed key and value an entry."""

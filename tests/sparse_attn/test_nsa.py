@@ -242,3 +242,11 @@ def test_density_is_an_upper_bound_of_the_measured_one(x64):
     measured = float(run(SMALL, parts, inspect=True)[1].metrics["density"])
     assert measured <= SMALL.density(T)
     assert NSA().density(65536) < 0.12
+
+
+def test_density_at_lengths_whose_pairs_need_more_than_32_bits():
+    config = NSA()
+    length = 2**20
+    # Selected and window keys are few there: what is left is an entry every 16 tokens.
+    keys = 16 * 64 + 512 + (length - 32) / 2 / 16
+    assert config.density(length) == pytest.approx(keys / (length / 2), rel=2e-3)
