@@ -159,7 +159,7 @@ def compile_step(model: str, mechanism: str, topology: str, length: int) -> dict
     mesh = make_mesh(config.mesh, devices)
     shapes, placement = place_state(config, mesh)
     step = make_train_step(config, placement)
-    flops = token_flops(config).executed * config.batch_size * length / len(devices)
+    flops = token_flops(config, shapes.params).executed * config.batch_size * length / len(devices)
     try:
         compiled = step.lower(shapes, abstract_batch(config, placement)).compile()
     except jax.errors.JaxRuntimeError as error:

@@ -283,12 +283,12 @@ def ask(arguments: Arguments, console: Console) -> Path:
     """
     from rich.progress import Progress
 
-    from train.checkpoint import is_run
+    from train.checkpoint import FOLDER, is_run
     from train.evaluation.suite import OWN, Plan, run
 
     config = arguments.run
     run_dir = Path(arguments.checkpoint or config.run_dir)
-    trained = (run_dir / "checkpoints").is_dir()
+    trained = (run_dir / FOLDER).is_dir()
     if not trained and (not config.init_from or is_run(config.init_from)):
         _existing(run_dir)
     with _user_errors():

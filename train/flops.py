@@ -13,11 +13,10 @@ import dataclasses
 import math
 
 import jax
-import jax.numpy as jnp
 
+from models.transformer import Tree
 from train.config import RunConfig
 from train.optimizer import decay_mask
-from train.step import initial_state
 
 # Dense bfloat16 products, FLOP/s of one device as the vendors state them (no sparsity), by the
 # beginning of its ``device_kind``; the first match counts.
@@ -41,14 +40,16 @@ class TokenFlops:
     executed: float
 
 
-def token_flops(config: RunConfig) -> TokenFlops:
-    """By the rule above; ``objective="selector"`` runs the language model forward only."""
+def token_flops(config: RunConfig, params: Tree) -> TokenFlops:
+    """By the rule above; ``objective="selector"`` runs the language model forward only.
+
+    ``params``: the model's parameters, or their shapes.
+    """
     passes = 1 if config.objective == "selector" else 3
-    shapes = jax.eval_shape(lambda seed: initial_state(config, seed).params, jnp.uint32(0))
-    multiplied = decay_mask(shapes)  # matrices, no tables
+    multiplied = decay_mask(params)  # matrices, no tables
     if config.model.tie_embeddings:
         multiplied["embedding"] = True
-    sizes = jax.tree.map(lambda leaf, counts: counts * math.prod(leaf.shape), shapes, multiplied)
+    sizes = jax.tree.map(lambda leaf, counts: counts * math.prod(leaf.shape), params, multiplied)
     matrices = sum(jax.tree.leaves(sizes))
     shape, causal = config.model.head_shape, (config.sequence_length + 1) / 2
     key = 2 * shape.query_heads * (shape.head_width + shape.value_width)

@@ -106,7 +106,7 @@ def train(
             config,
             first,
             console,
-            flops=token_flops(config),
+            flops=token_flops(config, shapes.params),
             peak=peak_flops(list(placement.mesh.devices.flat)),
             writes=is_first(),
         )
@@ -267,7 +267,7 @@ def open_input(config: RunConfig, placement: Placement, *, resumes: bool) -> Tra
             tokenizer = make_tokenizer(config.data, config.tokenizer)
         if is_first() and not (resumes and folder.is_dir()):
             tokenizer.save(folder)
-        share, parts = placement.row_share()
+        share, parts = placement.row_share
         return make_train_iterator(
             config.data,
             tokenizer,

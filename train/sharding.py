@@ -7,6 +7,7 @@ The mesh always exists, also on one device, and always has the axes ``data``, ``
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Sequence
@@ -209,6 +210,7 @@ class Placement:
         """Parts that the rows of a batch are split into."""
         return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
 
+    @functools.cached_property
     def row_share(self) -> tuple[int, int]:
         """Which part of a batch's rows this process reads: (index, number of parts).
 
@@ -245,7 +247,7 @@ class Placement:
         if jax.process_count() == 1:
             return jax.device_put(batch, dict.fromkeys(batch, self.batch))
 
-        share, parts = self.row_share()
+        share, parts = self.row_share
         first = share * (self.rows // parts)
 
         def place(mine: Any) -> jax.Array:

@@ -6,6 +6,7 @@ import types
 import pytest
 
 from configs.tiny import config as tiny
+from models.transformer import abstract
 from sparse_attn import Dense
 from train.flops import TokenFlops, peak_flops, token_flops
 from train.reporting import Clock
@@ -25,6 +26,10 @@ MODEL = dataclasses.replace(
 LAYER = 16 * (4 + 2 + 2 + 4) * 8 + 3 * 16 * 24
 
 
+def flops_of(config):
+    return token_flops(config, abstract(config.model)[1])
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("scan", [True, False])
 def test_dense_tokens_by_hand(tied, scan):
@@ -32,21 +37,21 @@ def test_dense_tokens_by_hand(tied, scan):
     config = dataclasses.replace(tiny, model=model, sequence_length=128)
     attention = 2 * 4 * (2 * 8 + 2 * 8) * (128 + 1) / 2  # two layers, causal mean
     expected = 3 * (2 * (2 * LAYER + 300 * 16) + attention)
-    assert token_flops(config) == TokenFlops(expected, expected)
+    assert flops_of(config) == TokenFlops(expected, expected)
 
 
 def test_a_selector_that_fits_runs_forward_only():
     model = dataclasses.replace(MODEL, attention=tiny.model.attention)
     config = dataclasses.replace(tiny, model=model, sequence_length=128)
-    trained = token_flops(config)
-    fitted = token_flops(dataclasses.replace(config, objective="selector", init_from="runs/other"))
+    trained = flops_of(config)
+    fitted = flops_of(dataclasses.replace(config, objective="selector", init_from="runs/other"))
     assert fitted.executed == pytest.approx(trained.executed / 3)
 
 
 def test_sparse_tokens_execute_what_they_attend():
     model = dataclasses.replace(MODEL, attention=tiny.model.attention)
     config = dataclasses.replace(tiny, model=model, sequence_length=4096)
-    flops = token_flops(config)
+    flops = flops_of(config)
     saved = (1 - model.attention.density(4096)) * 3 * 2 * 4 * (2 * 8 + 2 * 8) * (4096 + 1) / 2
     assert flops.dense_equivalent - flops.executed == pytest.approx(saved)
     assert flops.executed < flops.dense_equivalent

@@ -148,13 +148,13 @@ def run(
       BlockingIOError: if another process is writing there.
     """
     models = _Models(subject)
-    columns = list(plan.attentions())
+    attentions = {(policy, budget): found for policy, budget, found in plan.attentions()}
     jobs = list(itertools.product(range(plan.samples), plan.lengths, plan.tasks))
     fixed = {"model": subject.name, "scored": plan.scored, **(settings or {})}
-    of, done = len(jobs) * len(columns), 0
+    of, done = len(jobs) * len(attentions), 0
     with SampleStore(folder, fixed) as store:
         for number, length, task in jobs:
-            cells = [Cell(task, length, p, b, plan.protocol) for p, b, _ in columns]
+            cells = [Cell(task, length, p, b, plan.protocol) for p, b in attentions]
             missing = [cell for cell in cells if (cell, number) not in store]
             done += len(cells) - len(missing)
             if not missing:
@@ -165,9 +165,8 @@ def run(
             for policy, group in itertools.groupby(missing, key=lambda cell: cell.policy):
                 caches: Any = None
                 for cell in group:
-                    attention = next(a for p, b, a in columns if (p, b) == (policy, cell.budget))
                     begun = time.monotonic()
-                    decoder = models.of(policy, attention)
+                    decoder = models.of(policy, attentions[policy, cell.budget])
                     if prefix is None:
                         prefix = prefill(models.prefilling(plan), question.parts, plan.protocol)
                     if caches is None:
@@ -186,13 +185,13 @@ def run(
         planned = {
             (Cell(task, length, p, b, plan.protocol), number)
             for number, length, task in jobs
-            for p, b, _ in columns
+            for p, b in attentions
         }
         measurements = [m for m in store if m.key in planned]
     results = Results.of(
         f"{subject.name}: {', '.join(plan.tasks)}",
         measurements,
-        lambda cell: _conditions(cell, subject, plan),
+        lambda cell: _conditions(cell, subject, attentions[cell.policy, cell.budget]),
         settings={**fixed, **dataclasses.asdict(plan)},
         environment={"device": jax.devices()[0].device_kind, "jax": jax.__version__},
     )
@@ -289,8 +288,7 @@ def _question(subject: Subject, plan: Plan, task: str, length: int, number: int)
     return _Question(Parts(prompt.context, prompt.question, room), sample, subject.tokenizer)
 
 
-def _conditions(cell: Cell, subject: Subject, plan: Plan) -> Conditions:
-    attention = next(a for p, b, a in plan.attentions() if (p, b) == (cell.policy, cell.budget))
+def _conditions(cell: Cell, subject: Subject, attention: MechanismConfig | None) -> Conditions:
     text = cell.task == PERPLEXITY
     return Conditions(
         metric="nats a token" if text else "score",
