@@ -10,9 +10,11 @@ length take turns, repetition by repetition, on one core; the peer has a process
 Reported are medians of wall and process CPU seconds.
 
 Sides: "routing" is ours, causal (see sparse_attn/routing.py), with rotary positions, for 8 and for
-2 kv heads; "paper" the published balanced clusters; "dense" causal attention with 2 kv heads;
-"routing-transformer" the package in its causal, shared-query-key form, where clusters of 256 are
-chosen over the whole sequence (8 heads, no positions). ``keys``: the most that a query attends.
+2 kv heads: clusters of 256, a local window of 256 and 4 sinks. "clusters" leaves window and sinks
+out, 255 members of the cluster and the token itself: what the peer attends, except that no later
+token decides it. "paper" is the published balanced clusters; "dense" causal attention with 2 kv
+heads; "routing-transformer" the package in its causal, shared-query-key form, where clusters of 256
+are chosen over the whole sequence (8 heads, no positions). ``keys``: the most that a query attends.
 ``ratio_to_peer``: the peer's CPU seconds / these CPU seconds, so above 1 is faster.
 The peer's environment needs torch and routing-transformer (with product-key-memory and
 mixture-of-experts, which it imports).
@@ -32,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 DIRECTIONS = ("forward", "forward_backward")
+SIDES = ("routing", "clusters", "paper", "dense", "peer")
 WIDTH, HEADS = 512, 8
 WINDOW = 256
 
@@ -100,7 +103,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--lengths", type=lengths, default=(1024, 2048, 4096, 8192))
     add("--directions", type=names, default=DIRECTIONS)
-    add("--sides", type=names, default=("routing", "paper", "dense", "peer"))
+    add("--sides", type=names, default=SIDES)
     add("--cluster-window", type=int, default=WINDOW)
     add("--local-window", type=int, default=WINDOW)
     add("--repetitions", type=int, default=7)
@@ -110,7 +113,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     for given, known in (
         (options.directions, DIRECTIONS),
-        (options.sides, ("routing", "paper", "dense", "peer")),
+        (options.sides, SIDES),
     ):
         unknown = sorted(set(given) - set(known))
         if unknown:
@@ -132,11 +135,18 @@ def measure(options: argparse.Namespace, length: int, direction: str) -> list[di
         cluster_window=options.cluster_window,
         local_window=options.local_window,
     )
+    clusters = Routing(
+        clusters=length // WINDOW, cluster_window=WINDOW - 1, local_window=1, sinks=0
+    )
     paper = Routing(clusters=length // WINDOW, cluster_window=WINDOW, mode="paper")
     makers: dict[str, list[Callable[[], tuple[dict[str, Any], Any]]]] = {
         "routing": [
             lambda: our_layer("routing", routing, 8, length, direction),
             lambda: our_layer("routing", routing, 2, length, direction),
+        ],
+        "clusters": [
+            lambda: our_layer("clusters", clusters, 8, length, direction),
+            lambda: our_layer("clusters", clusters, 2, length, direction),
         ],
         "paper": [lambda: our_layer("paper", paper, 8, length, direction)],
         "dense": [lambda: our_layer("dense", Dense(), 2, length, direction)],
@@ -225,7 +235,7 @@ def our_layer(
     function = forward if direction == "forward" else gradients
     call = jax.jit(function).lower(weights, x, state, cotangent).compile()
     keys = length
-    if side == "routing":
+    if side in ("routing", "clusters"):
         keys = min(length, config.cluster_window + config.local_window + config.sinks)
     row = described(side, kv_heads, length, direction, keys)
     row["temp_bytes"] = call.memory_analysis().temp_size_in_bytes

@@ -423,7 +423,9 @@ class RoutingAttention(nnx.Module):
             out = merge(local_attention(config, q, k, v, rows), outside).out
         else:
             assert sorted_keys is not None
-            out = three_sets(config, q, k, v, clusters, sorted_keys, rows, packed=False)
+            out = three_sets(
+                config, q, k, v, clusters, sorted_keys, rows, packed=False, whole=False
+            )
         if not inspect:
             return out, cache, None
         assert sorted_keys is not None
@@ -518,5 +520,7 @@ def _sorted_attention(
     key_clusters = checkpoint_name(key_clusters, "selection")
     eligible = keys.valid & (keys.index - keys.start >= config.sinks)
     sorted_keys = sort_keys(key_clusters, eligible, config.clusters)
-    out = three_sets(config, q, k, v, query_clusters, sorted_keys, rows, packed=packed)
+    out = three_sets(
+        *(config, q, k, v, query_clusters, sorted_keys, rows), packed=packed, whole=rows is keys
+    )
     return out, sorted_keys

@@ -38,9 +38,10 @@ class Ranges(NamedTuple):
     sink_end: Int[Array, "B T"]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def attend_by_head(
     sinks: int,
+    alone: bool,
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K Hv"],
@@ -49,11 +50,12 @@ def attend_by_head(
 ) -> Float[Array, "B T N Hv"]:
     """One softmax over the local window, the sinks and the members of the cluster.
 
-    ``sinks``: the first that many keys hold all sinks. ``sorting`` covers the heads that route,
-    which are the first. Differentiable in q, k and v; the gradient needs no merging: with the lse
-    of all sets, the weight of a key is exp(logit - lse) in whichever set it is.
+    ``sinks``: the first that many keys hold all sinks. ``alone``: keys are the tokens of the rows,
+    and the local window is the row's own, for which no tile is needed. ``sorting`` covers the heads
+    that route, which are the first. Differentiable in q, k and v; the gradient needs no merging:
+    with the lse of all sets, the weight of a key is exp(logit - lse) in whichever set it is.
     """
-    return _forward(sinks, q, k, v, sorting, ranges)[0]
+    return _forward(sinks, alone, q, k, v, sorting, ranges)[0]
 
 
 _Range = tuple[Array, Array]
@@ -152,8 +154,45 @@ def _tiles(q: Float[Array, "1 L G H"], k: Float[Array, "1 S 1 H"]) -> Tiles:
     return Tiles(max(tiles.rows, min(FEW_KEYS_ROWS // q.shape[2], q.shape[1])), k.shape[1])
 
 
+class _Own(NamedTuple):
+    """Each row's own token, where it has one: attention over a single key."""
+
+    logit: Float[Array, "1 T G"]
+    key: Float[Array, "1 T 1 H"]
+    value: Float[Array, "1 T 1 Hv"]
+
+    @staticmethod
+    def of(
+        q: Float[Array, "1 T G H"],
+        k: Float[Array, "1 T 1 H"],
+        v: Float[Array, "1 T 1 Hv"],
+        attended: _Range,
+    ) -> _Own:
+        """``attended`` is one token or none."""
+        begin, end = attended
+        here = (end > begin)[:, :, None, None]
+        key, value = (jnp.where(here, x, 0) for x in (k, v))
+        dtype = accumulation_dtype(q.dtype)
+        logit = jnp.sum(q.astype(dtype) * key.astype(dtype), axis=-1) * q.shape[3] ** -0.5
+        return _Own(jnp.where(here[..., 0], logit, -jnp.inf), key, value)
+
+    def gradients(
+        self, q: Float[Array, "1 T G H"], d_out: Float[Array, "1 T G Hv"], statistic: Array
+    ) -> tuple[Array, Array, Array]:
+        """By query, key and value; ``statistic`` [1, T, G, 2] as in the other sets."""
+        lse, delta = statistic[..., 0], statistic[..., 1]
+        weight = jnp.where(jnp.isneginf(self.logit), 0, jnp.exp(self.logit - lse))[..., None]
+        d_out = d_out.astype(weight.dtype)
+        along = jnp.sum(d_out * self.value, axis=-1, keepdims=True) - delta[..., None]
+        d_logit = weight * along * q.shape[3] ** -0.5
+        of_key, of_value = (
+            jnp.sum(x, axis=2, keepdims=True) for x in (d_logit * q, weight * d_out)
+        )
+        return d_logit * self.key, of_key, of_value
+
+
 def _forward(
-    sinks: int, q: Array, k: Array, v: Array, sorting: Sorting, ranges: Ranges
+    sinks: int, alone: bool, q: Array, k: Array, v: Array, sorting: Sorting, ranges: Ranges
 ) -> tuple[Array, tuple[Any, ...]]:
     (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
     G, dtype = N // K, accumulation_dtype(q.dtype)
@@ -164,7 +203,12 @@ def _forward(
 
     def head(line: _Line, routed: bool, results: tuple[Array, Array]) -> tuple[Array, Array]:
         query, key, value = (_at(x, line) for x in lines)
-        parts = [attend(query, key, value, line.ranges(ranges.local_begin, ranges.local_end, S))]
+        local = line.ranges(ranges.local_begin, ranges.local_end, S)
+        if alone:
+            own = _Own.of(query, key, value, local)
+            parts = [(own.value, own.logit)]
+        else:
+            parts = [attend(query, key, value, local)]
         if sinks:
             few = key[:, :sinks], value[:, :sinks]
             parts.append(
@@ -206,7 +250,7 @@ def _merged(parts: list[tuple[Array, Array]], dtype: Any) -> tuple[Array, Array]
 
 
 def _backward(
-    sinks: int, residuals: tuple[Any, ...], d_out: Array
+    sinks: int, alone: bool, residuals: tuple[Any, ...], d_out: Array
 ) -> tuple[Array, Array, Array, None, None]:
     lines, sorting, ranges, out, lse = residuals
     B, (E, S, _, H) = d_out.shape[0], lines[1].shape
@@ -227,9 +271,11 @@ def _backward(
     def head(line: _Line, routed: bool, results: tuple[Array, ...]) -> tuple[Array, ...]:
         query, key, value = (_at(x, line) for x in results)
         rows = line.take(d_out), _at(statistics, line)
-        dq, dk, dv = back(
-            query, key, value, line.ranges(ranges.local_begin, ranges.local_end, S), *rows
-        )
+        local = line.ranges(ranges.local_begin, ranges.local_end, S)
+        if alone:
+            dq, dk, dv = _Own.of(query, key, value, local).gradients(query, *rows)
+        else:
+            dq, dk, dv = back(query, key, value, local, *rows)
         if sinks:
             few = key[:, :sinks], value[:, :sinks]
             of_q, *of_few = back(

@@ -135,11 +135,13 @@ def three_sets(
     rows: Rows,
     *,
     packed: bool,
+    whole: bool,
 ) -> Float[Array, "B T N Hv"]:
     """One softmax over sinks, the last w members of the cluster, and the local window.
 
     ``clusters`` are those of the routed query heads; the other heads see no cluster. ``packed``:
-    documents may start anywhere. Differentiable in q, k and v.
+    documents may start anywhere. ``whole``: keys and rows are the same tokens. Differentiable in
+    q, k and v.
     """
     sorting = Sorting.of(config, clusters, sorted_keys, rows)
     if config.implementation == "xla" or (
@@ -147,7 +149,8 @@ def three_sets(
     ):
         ranges = Ranges(*local_range(config, rows), *sink_range(config, rows))
         sinks = k.shape[1] if packed else config.sinks
-        return attend_by_head(sinks if config.sinks else 0, q, k, v, sorting, ranges)
+        alone = whole and config.local_window == 1
+        return attend_by_head(sinks if config.sinks else 0, alone, q, k, v, sorting, ranges)
     routed = clusters.shape[2]
     return merge(*_parts(config, q, k, v, sorting, rows, routed=routed, packed=packed)).out
 

@@ -117,14 +117,14 @@ def plain(config):
 
 @settings(derandomize=True, deadline=None, max_examples=12)
 @given(
-    st.sampled_from([("G2", 2), ("G4", 0)]),
+    st.sampled_from([("G2", 2, 3), ("G4", 0, 3), ("G2", 2, 1)]),
     st.sampled_from(sorted(LAYOUTS)),
     st.integers(0, 5),
 )
 def test_causal_mode_attends_what_the_definition_says(case, layout, seed):
-    (name, sinks), ids = case, np.asarray(LAYOUTS[layout])
+    (name, sinks, window), ids = case, np.asarray(LAYOUTS[layout])
     shape = cases.SHAPES[name]
-    config = dataclasses.replace(SMALL, sinks=sinks)
+    config = dataclasses.replace(SMALL, sinks=sinks, local_window=window)
     with jax.enable_x64(True):
         draw = np.random.default_rng(seed)
         q, k, v, _ = (np.asarray(a) for a in cases.arrays(shape, 1, 1, T, seed=seed))
@@ -133,7 +133,7 @@ def test_causal_mode_attends_what_the_definition_says(case, layout, seed):
         got = plain(config)(q, k[0], v[0], centroids, bias, jnp.asarray(ids)[None])[0]
     query_clusters = clusters_of(q, centroids, bias)[0]
     key_clusters = clusters_of(k[0], centroids, bias)[0]
-    sizes = Sizes(3, sinks, 4, shape.query_heads)
+    sizes = Sizes(window, sinks, 4, shape.query_heads)
     want = softmax_over(q[0], k[0, 0], v[0, 0], attended(sizes, query_clusters, key_clusters, ids))
     np.testing.assert_allclose(got, want, atol=1e-12)
 
@@ -417,11 +417,18 @@ def test_dense_attendance_is_dense_and_still_reports_statistics(config, attend, 
     assert float(aux.statistics["key_counts"].sum()) == T * (4 if config is PAPER else 2)
 
 
-@pytest.mark.parametrize("routing_heads", [pytest.param(None, marks=pytest.mark.full), 1])
-def test_gradients_of_the_joint_softmax_equal_plain_autodiff(routing_heads, x64):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"routing_heads": None}, marks=pytest.mark.full),
+        {"routing_heads": 1},
+        {"local_window": 1},
+    ],
+)
+def test_gradients_of_the_joint_softmax_equal_plain_autodiff(changes, x64):
     parts = cases.arrays(SHAPE, 1, 2, T)
     seed = jnp.asarray(np.random.default_rng(6).standard_normal((2, T, 4, 8)))
-    config = dataclasses.replace(SMALL, routing_heads=routing_heads)
+    config = dataclasses.replace(SMALL, **changes)
     results = []
     for implementation in ("xla", "reference"):
         module = cases.mechanism(config, SHAPE, implementation=implementation)
