@@ -12,7 +12,7 @@ import pytest
 
 from models.config import ModelConfig
 from sparse_attn.types import HeadShape
-from train.evaluation.protocols import Score
+from train.evaluation.protocols import Inspection, Score
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "smollm2_grid.py"
 SHAPE = HeadShape(query_heads=9, kv_heads=3, head_width=64, value_width=64, model_width=576)
@@ -91,7 +91,8 @@ def test_rows_compare_the_same_samples(grid):
 def test_densities_count_the_dense_layers(grid):
     layer = {"recall_beyond": 0.5, "captured_mass": 0.9, "density": 0.1, "bytes_density": 0.2}
     layers = ({}, *([layer] * 29))
-    found = Score(np.array([1.0, 3.0]), np.array([True, False]), layers)
+    seen = Inspection(layers, np.arange(0), (None,) * 30)
+    found = Score(np.array([1.0, 3.0]), np.array([True, False]), seen)
     got = grid.record_of(grid.Cell("hash", "1/32", "B", "niah_single_2", 1024), 5, found)
     assert got["value"] == 0
     assert got["answer_nats"] == 2

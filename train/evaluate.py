@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import tyro
 from rich.console import Console
@@ -39,6 +39,7 @@ from train.config import (
 from train.evaluation.report import Report
 
 if TYPE_CHECKING:
+    from train.evaluation.protocols import Protocol
     from train.evaluation.suite import Plan, Subject
 
 PROGRAM = "python -m train.evaluate"
@@ -67,12 +68,13 @@ class Arguments:
     samples: int = 16
     """Of every task and length."""
     policies: tuple[str, ...] = ()
-    """Columns of the report: dense, own, or `NAME:FIELD=VALUE,...`; by default dense, and own if
-    that is another."""
+    """Columns of the report: dense, own, `NAME:FIELD=VALUE,...`, `mapping:FILE`; by default dense,
+    and own if that is another."""
     budgets: str = ""
     """Tried by every policy that has one: keys or shares of them, as 1/8,1/32 or 64,256."""
-    protocol: Literal["A", "B", "C"] = "B"
-    """What is sparse: A the answer, B the question and the answer, C everything."""
+    protocols: str = "B"
+    """What is sparse, one after another, as A,B,C: A the answer, B the question and the answer,
+    C everything."""
     scored: int = 512
     """Last tokens of a text that perplexity scores."""
 
@@ -299,7 +301,7 @@ def ask(arguments: Arguments, console: Console) -> Path:
             samples=arguments.samples,
             policies=arguments.policies or own,
             budgets=tuple(_budget(text) for text in _names(arguments.budgets)),
-            protocol=arguments.protocol,
+            protocols=cast("tuple[Protocol, ...]", _names(arguments.protocols)),
             scored=arguments.scored,
         )
         subject = _subject(config, run_dir if trained else None, plan)

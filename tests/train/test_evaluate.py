@@ -171,7 +171,7 @@ def test_tasks_of_a_run_from_the_command_line(config, tmp_path, capsys):
     folder = save_run(config, Decoder(model, rngs=nnx.Rngs(0)))
     asked = [
         *("--checkpoint", str(folder), "--tasks", "perplexity", "--lengths", "64"),
-        *("--samples", "2", "--scored", "16", "--protocol", "C"),
+        *("--samples", "2", "--scored", "16", "--protocols", "C"),
         *("--policies", "dense", "random:recent=4", "--budgets", "1/8,8"),
     ]
     assert evaluation.main(asked) == 0

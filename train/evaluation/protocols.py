@@ -35,7 +35,7 @@ from jaxtyping import Array, Bool, Float, Int
 from models.generate import Ended, Sampling, go_on
 from models.rope import RopeConfig, make_rope
 from models.transformer import Decoder, Tree
-from sparse_attn.types import Attend
+from sparse_attn.types import Attend, Selection
 
 Protocol = Literal["A", "B", "C"]
 
@@ -111,16 +111,36 @@ class Prefix:
 
 
 @dataclasses.dataclass(frozen=True)
+class Inspection:
+    """What the layers selected for the inspected rows: those read sparsely after the context.
+
+    ``layers``: figures of :func:`sparse_attn.metrics.measure` by layer, over all rows read sparsely
+    (empty where a layer does not select, or nothing was inspected). ``queries`` [Q]: positions of
+    the inspected rows. ``selections``: by layer, their lists [Q, J, P]; None where a layer does not
+    select.
+    """
+
+    layers: tuple[dict[str, float], ...]
+    queries: Int[np.ndarray, "Q"]
+    selections: tuple[Selection | None, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Score:
     """How a sample's answer was predicted.
 
     ``nats`` [A] and ``greedy`` [A]: -log p of each answer token, and whether it was the likeliest.
-    ``layers``: what each layer's selection reported (``inspect=True``; else empty dicts).
+    ``inspection`` is filled with ``inspect=True``.
     """
 
     nats: Float[np.ndarray, "A"]
     greedy: Bool[np.ndarray, "A"]
-    layers: tuple[dict[str, float], ...]
+    inspection: Inspection
+
+    @property
+    def layers(self) -> tuple[dict[str, float], ...]:
+        """Figures of the selections by layer."""
+        return self.inspection.layers
 
     @property
     def exact(self) -> bool:
@@ -188,21 +208,15 @@ def score(
     """
     _, tokens = parts.split(prefix.protocol)
     wanted, rows = len(parts.answer), []
-    reports: list[dict[str, Array]] = [{} for _ in caches]
+    read = _Read.nothing(decoder)
     if wanted > len(tokens):  # the last prompt row, dense under protocol A
         assert prefix.hidden is not None
         rows.append(prefix.hidden[:, prefix.length - 1 : prefix.length])
     if len(tokens):
-        padded, segment_ids = _padded(tokens)
-        x = decoder.embed(padded)
-        for number, (layer, cache) in enumerate(zip(_layers(decoder), caches, strict=True)):
-            x, _, measured = layer.call(x, cache, segment_ids, "sparse", inspect=inspect)
-            reports[number] = measured
-        read = min(wanted, len(tokens))
-        rows.append(decoder.final_norm(x)[:, len(tokens) - read : len(tokens)])
+        read = _Read.of(decoder, tokens, prefix.length, caches, inspect=inspect)
+        rows.append(read.hidden[:, max(len(tokens) - wanted, 0) :])
     nats, greedy = _predictions(decoder, jnp.concatenate(rows, axis=1)[0], parts.answer)
-    layers = tuple({name: float(v) for name, v in report.items()} for report in reports)
-    return Score(nats, greedy, layers)
+    return Score(nats, greedy, read.inspection(len(parts.context)))
 
 
 def answer(
@@ -214,7 +228,7 @@ def answer(
     stop_tokens: Sequence[int] = (),
     ended: Ended | None = None,
     inspect: bool = False,
-) -> tuple[list[int], tuple[dict[str, float], ...]]:
+) -> tuple[list[int], Inspection]:
     """Generate greedily up to as many tokens as ``parts.answer`` has, whatever they are, through
     the program that :func:`models.generate.generate` decodes with; ``caches`` stay as they are.
 
@@ -222,42 +236,88 @@ def answer(
       decoder, parts, prefix, caches: as for :func:`score`.
       stop_tokens: that end the answer without being part of it.
       ended: asked after every token, see :data:`models.generate.Ended`.
-      inspect: whether to measure the selections of the sparse prompt rows (none under A).
+      inspect: whether to look at the selections of the sparse prompt rows, or, where there are
+        none (protocol A), at those of the rows that read the generated tokens.
 
     Returns:
-      The tokens, and what each layer's selection reported.
+      The tokens, and what was selected.
     """
     given = len(parts.context) + len(parts.question)
     tokens = np.concatenate([parts.context, parts.question])[prefix.length :].astype(np.int32)
-    reports: list[dict[str, Array]] = [{} for _ in caches]
-    own = list(caches)
+    read = _Read.nothing(decoder)
     if len(tokens):
-        padded, segment_ids = _padded(tokens)
-        x = decoder.embed(padded)
-        for number, (layer, cache) in enumerate(zip(_layers(decoder), caches, strict=True)):
-            x, own[number], reports[number] = layer.call(
-                x, cache, segment_ids, "sparse", inspect=inspect
-            )
-        hidden = decoder.final_norm(x)[:, len(tokens) - 1]
+        read = _Read.of(decoder, tokens, prefix.length, caches, inspect=inspect)
+        hidden, own = read.hidden[:, -1], read.caches
     else:
         assert prefix.hidden is not None
         hidden = prefix.hidden[:, prefix.length - 1]
         # Decoding uses its caches up, and these serve other budgets.
-        own = [jax.tree.map(jnp.copy, cache) for cache in own]
+        own = tuple(jax.tree.map(jnp.copy, cache) for cache in caches)
     new = jnp.argmax(decoder.logits(hidden), axis=-1).astype(jnp.int32)
     steps = go_on(
         decoder,
         new,
         np.asarray([given], np.int32),
-        tuple(own),
+        own,
         len(parts.answer),
         Sampling(),
         jnp.zeros((1,), jnp.uint32),
         stop_tokens,
         ended=ended,
     )
-    layers = tuple({name: float(v) for name, v in report.items()} for report in reports)
-    return [token for (token,) in steps if token is not None], layers
+    found = [token for (token,) in steps if token is not None]
+    if inspect and not len(tokens) and len(found) > 1:
+        read = _Read.of(decoder, np.asarray(found[:-1], np.int32), given, caches, inspect=True)
+    return found, read.inspection(len(parts.context))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Read:
+    """A sparse pass over the tokens from ``begin`` on: final hidden states, caches, and what each
+    layer reported and selected.
+    """
+
+    begin: int
+    hidden: Float[Array, "1 T D"]
+    caches: tuple[Any, ...]
+    found: list[tuple[dict[str, Array], Selection | None]]
+
+    @staticmethod
+    def of(
+        decoder: Decoder,
+        tokens: Int[np.ndarray, "T"],
+        begin: int,
+        caches: Sequence[Any],
+        *,
+        inspect: bool,
+    ) -> _Read:
+        padded, segment_ids = _padded(tokens)
+        x, after, found = decoder.embed(padded), [], []
+        for layer, cache in zip(_layers(decoder), caches, strict=True):
+            x, cache, seen = layer.call(x, cache, segment_ids, "sparse", inspect=inspect)
+            after.append(cache)
+            found.append(seen)
+        return _Read(begin, decoder.final_norm(x)[:, : len(tokens)], tuple(after), found)
+
+    @staticmethod
+    def nothing(decoder: Decoder) -> _Read:
+        """Of no token, before anything was read."""
+        config = decoder.config
+        return _Read(0, jnp.zeros((1, 0, config.model_width)), (), [({}, None)] * config.layers)
+
+    def inspection(self, context: int) -> Inspection:
+        """Selections of the rows from position ``context`` on."""
+        count = self.hidden.shape[1]
+        first = min(max(context - self.begin, 0), count)
+        selections = tuple(
+            None
+            if selection is None
+            else Selection(selection.indices[0, first:count], selection.block_size)
+            for _, selection in self.found
+        )
+        layers = tuple({name: float(v) for name, v in report.items()} for report, _ in self.found)
+        queries = np.arange(self.begin + first, self.begin + count)
+        return Inspection(layers, queries, selections)
 
 
 def layer_heads(
@@ -282,7 +342,7 @@ class _Layer:
 
     def call(
         self, x: Array, cache: Any, segment_ids: Array, attend: Attend, *, inspect: bool
-    ) -> tuple[Array, Any, dict[str, Array]]:
+    ) -> tuple[Array, Any, tuple[dict[str, Array], Selection | None]]:
         run = _call(self.graphdef, self.rope, attend, inspect)
         return run(self.state, x, cache, segment_ids)
 
@@ -314,7 +374,7 @@ def _call(
         x, cache, aux = layer(
             x, make_rope(*rope), cache, segment_ids=segment_ids, attend=attend, inspect=inspect
         )
-        return x, cache, aux.metrics
+        return x, cache, (aux.metrics, aux.selection)
 
     return call
 

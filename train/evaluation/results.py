@@ -39,7 +39,8 @@ class Layers:
 class Picture:
     """What one query of one sample attended.
 
-    ``chosen`` [layers][lists][...]: positions of the keys, ascending; a list is what heads share.
+    ``chosen`` [layers][lists][...]: positions of the keys, ascending; a list is what heads share,
+    and a layer that does not select has none.
     ``query``: its position, and so the last key it sees. ``evidence``: positions of the evidence.
     """
 
@@ -81,7 +82,6 @@ class Results:
         *,
         settings: Mapping[str, Any],
         environment: Mapping[str, Any],
-        pictures: Iterable[Picture] = (),
     ) -> Self:
         """Summarise finished samples."""
         cells = by_cell(measurements)
@@ -96,6 +96,12 @@ class Results:
             for cell, found in cells.items()
         )
         layers = (made for cell, found in cells.items() for made in _layers(cell, found))
+        pictures = (
+            Picture(cell, m.sample, **{name: _tuples(value) for name, value in m.picture.items()})
+            for cell, found in cells.items()
+            for m in found
+            if m.picture is not None
+        )
         return cls(
             title, settings, environment, tuple(rows), tuple(scores), tuple(layers), tuple(pictures)
         )
@@ -167,7 +173,7 @@ def _nested(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
 
 
 def _dumped(found: Mapping[str, Any]) -> str:

@@ -39,6 +39,8 @@ class Measurement:
       layers: the same by layer, such as ``recall``.
       depth: where its evidence is, 0 to 1; None if it has none.
       prediction: what was generated.
+      picture: what one of its queries attended, as :class:`train.evaluation.results.Picture` has
+        it: ``query``, ``chosen`` and ``evidence``; None if it was not kept.
       seconds: that it took.
     """
 
@@ -49,6 +51,7 @@ class Measurement:
     layers: Mapping[str, list[float | None]] = dataclasses.field(default_factory=dict)
     depth: float | None = None
     prediction: str = ""
+    picture: Mapping[str, Any] | None = None
     seconds: float = 0.0
 
     @property

@@ -12,22 +12,26 @@ on the disk before the next begins and never runs again; :func:`run` ends with t
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Int
 
+from models.loading.mapping import MappingFile, read_mapping
 from models.transformer import Decoder
 from models.upcycle import attending
 from sparse_attn.dense import Dense
 from sparse_attn.registry import MECHANISMS, POLICIES, MechanismConfig, parse_mechanism
+from train.evaluation.evidence import chosen_keys, evidence_recall
 from train.evaluation.html_report import write_reports
 from train.evaluation.protocols import (
+    Inspection,
     Parts,
     Prefix,
     Protocol,
@@ -40,13 +44,15 @@ from train.evaluation.protocols import (
 from train.evaluation.results import Results
 from train.evaluation.rows import DENSE, Conditions, row_metrics
 from train.evaluation.store import Budget, Cell, Measurement, SampleStore
-from train.evaluation.tasks import TASKS, Sample, make_sample, prompt_tokens
+from train.evaluation.tasks import TASKS, Sample, evidence_tokens, make_sample, prompt_tokens
 from train.evaluation.tasks import score as task_score
 from train.tokenizer import Tokenizer
 
 PERPLEXITY = "perplexity"
 OWN = "own"
 """The policy that is the model's own attention."""
+MAPPING = "mapping:"
+"""Before the file of learnt selectors in the name of a policy."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,11 +64,12 @@ class Plan:
         last ``scored`` tokens of a held-out text.
       lengths: tokens of a sample, at most.
       samples: of every task and length; sample i is made from seed i.
-      policies: "dense", "own" (the model's own attention), or a mechanism or policy with its
-        settings, ``NAME:FIELD=VALUE,...``.
+      policies: "dense", "own" (the model's own attention), a mechanism or policy with its
+        settings, ``NAME:FIELD=VALUE,...``, or the selectors of a mapping file, ``mapping:FILE``.
       budgets: tried in turn by every policy that has a budget, as numbers of keys or shares of
         them; none: the policy's own.
-      protocol: which part of a sample is attended sparsely, "A", "B" or "C".
+      protocols: which part of a sample is attended sparsely, some of "A", "B" and "C"; dense
+        attention, which they do not change, runs under the first alone.
       scored: tokens whose likelihood is perplexity's.
 
     Raises:
@@ -74,7 +81,7 @@ class Plan:
     samples: int = 16
     policies: tuple[str, ...] = (DENSE,)
     budgets: tuple[int | float, ...] = ()
-    protocol: Protocol = "B"
+    protocols: tuple[Protocol, ...] = ("B",)
     scored: int = 512
 
     def __post_init__(self) -> None:
@@ -82,8 +89,8 @@ class Plan:
         unknown = [task for task in self.tasks if task not in known]
         if unknown or not self.tasks:
             raise ValueError(f"tasks={self.tasks}: choose some of {', '.join(known)}")
-        if self.protocol not in ("A", "B", "C"):
-            raise ValueError(f"protocol={self.protocol!r} is unknown; use A, B or C")
+        if not self.protocols or set(self.protocols) - {"A", "B", "C"}:
+            raise ValueError(f"protocols={self.protocols}: use some of A, B and C")
         if self.samples < 1 or self.scored < 1:
             raise ValueError(f"samples={self.samples} and scored={self.scored} must be at least 1")
         if not self.lengths or min(self.lengths) < 2:
@@ -93,21 +100,40 @@ class Plan:
                 f"perplexity of the last scored={self.scored} tokens needs lengths of at least "
                 f"{self.scored + 2}, not {self.lengths}; lower --scored"
             )
-        for _ in self.attentions():
+        for _ in self.columns():
             pass
 
-    def attentions(self) -> Iterator[tuple[str, Budget, MechanismConfig | None]]:
-        """(policy, budget, mechanism) of every column; None for "dense" and "own"."""
+    def columns(self) -> Iterator[Column]:
+        """What every sample of a task is asked with, in order."""
         for policy in self.policies:
             if policy in (DENSE, OWN):
-                yield policy, None, None
+                yield Column(policy)
                 continue
-            attention: Any = parse_mechanism(policy, MECHANISMS | POLICIES)
+            mapping: MappingFile | None = None
+            attention: Any
+            if policy.startswith(MAPPING):
+                path = Path(policy.removeprefix(MAPPING))
+                mapping = read_mapping(path)
+                attention = mapping.attention
+                # Another file under the same name is another column.
+                policy = f"{policy}@{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}"
+            else:
+                attention = parse_mechanism(policy, MECHANISMS | POLICIES)
             if not self.budgets or not hasattr(attention, "budget"):
-                yield policy, getattr(attention, "budget", None), attention
+                yield Column(policy, getattr(attention, "budget", None), attention, mapping)
                 continue
             for budget in self.budgets:
-                yield policy, budget, dataclasses.replace(attention, budget=budget)
+                changed = dataclasses.replace(attention, budget=budget)
+                yield Column(policy, budget, changed, mapping)
+
+
+class Column(NamedTuple):
+    """A policy at a budget; ``attention`` is None for "dense" and "own"."""
+
+    policy: str
+    budget: Budget = None
+    attention: MechanismConfig | None = None
+    mapping: MappingFile | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,27 +174,36 @@ def run(
       BlockingIOError: if another process is writing there.
     """
     models = _Models(subject)
-    attentions = {(policy, budget): found for policy, budget, found in plan.attentions()}
+    columns: dict[tuple[str, str, Budget], Column] = {
+        (protocol, column.policy, column.budget): column
+        for protocol in plan.protocols
+        for column in plan.columns()
+        if column.policy != DENSE or protocol == plan.protocols[0]
+    }
     jobs = list(itertools.product(range(plan.samples), plan.lengths, plan.tasks))
     fixed = {"model": subject.name, "scored": plan.scored, **(settings or {})}
-    of, done = len(jobs) * len(attentions), 0
+    of, done = len(jobs) * len(columns), 0
+    planned: set[tuple[Cell, int]] = set()
     with SampleStore(folder, fixed) as store:
         for number, length, task in jobs:
-            cells = [Cell(task, length, p, b, plan.protocol) for p, b in attentions]
+            cells = [Cell(task, length, p, b, protocol) for protocol, p, b in columns]
+            planned |= {(cell, number) for cell in cells}
             missing = [cell for cell in cells if (cell, number) not in store]
             done += len(cells) - len(missing)
             if not missing:
                 continue
             question = _question(subject, plan, task, length, number)
             prefix: Prefix | None = None
-            # Budgets of a policy share its caches.
-            for policy, group in itertools.groupby(missing, key=lambda cell: cell.policy):
+            # Cells of a protocol share its dense pass, budgets of a policy its caches.
+            for (protocol, policy), group in itertools.groupby(
+                missing, key=lambda cell: (cell.protocol, cell.policy)
+            ):
+                if prefix is None or prefix.protocol != protocol:
+                    prefix = prefill(models.prefilling(protocol), question.parts, protocol)
                 caches: Any = None
                 for cell in group:
                     begun = time.monotonic()
-                    decoder = models.of(policy, attentions[policy, cell.budget])
-                    if prefix is None:
-                        prefix = prefill(models.prefilling(plan), question.parts, plan.protocol)
+                    decoder = models.of(columns[protocol, policy, cell.budget])
                     if caches is None:
                         caches = fill_caches(decoder, question.parts, prefix)
                     found = question.ask(decoder, prefix, caches, sparse=policy != DENSE)
@@ -177,21 +212,18 @@ def run(
                             found,
                             cell=cell,
                             sample=number,
+                            # One sample is looked at; pictures of all would fill the disk.
+                            picture=found.picture if number == 0 else None,
                             seconds=round(time.monotonic() - begun, 3),
                         )
                     )
                     done += 1
                     progress(done, of, cell, number)
-        planned = {
-            (Cell(task, length, p, b, plan.protocol), number)
-            for number, length, task in jobs
-            for p, b in attentions
-        }
         measurements = [m for m in store if m.key in planned]
     results = Results.of(
         f"{subject.name}: {', '.join(plan.tasks)}",
         measurements,
-        lambda cell: _conditions(cell, subject, attentions[cell.policy, cell.budget]),
+        lambda cell: _conditions(cell, subject, columns[cell.protocol, cell.policy, cell.budget]),
         settings={**fixed, **dataclasses.asdict(plan)},
         environment={"device": jax.devices()[0].device_kind, "jax": jax.__version__},
     )
@@ -213,40 +245,48 @@ class _Models:
             )
             self._dense = attending(self._own, target)
 
-    def of(self, policy: str, attention: MechanismConfig | None) -> Decoder:
-        if policy == OWN:
+    def of(self, column: Column) -> Decoder:
+        if column.policy == OWN:
             return self._own
-        if attention is None:
-            return self._need_dense(policy)
-        target = dataclasses.replace(
+        dense = self._need_dense(column.policy)
+        if column.attention is None:
+            return dense
+        config = dataclasses.replace(
             self._own.config,
-            attention=attention,
+            attention=Dense(),
             attention_overrides=(),
             dense_layers=self._subject.dense_layers,
         )
-        return attending(self._need_dense(policy), target)
+        if column.mapping is not None:
+            target = column.mapping.configured(config, column.attention)
+            return attending(dense, target, column.mapping)
+        return attending(dense, dataclasses.replace(config, attention=column.attention))
 
-    def prefilling(self, plan: Plan) -> Decoder:
+    def prefilling(self, protocol: Protocol) -> Decoder:
         """What reads the dense part of a sample."""
-        return self._own if plan.protocol == "C" else self._need_dense(f"protocol {plan.protocol}")
+        return self._own if protocol == "C" else self._need_dense(f"protocol {protocol}")
 
     def _need_dense(self, what: str) -> Decoder:
         if self._dense is None:
             raise ValueError(
                 f"{what} needs a model with one K/V branch, and "
                 f"{type(self._own.config.attention).__name__} has others of its own; use "
-                f"--policies {OWN} --protocol C"
+                f"--policies {OWN} --protocols C"
             )
         return self._dense
 
 
 @dataclasses.dataclass(frozen=True)
 class _Question:
-    """A sample as tokens, and how an answer to it becomes a measurement."""
+    """A sample as tokens, and how an answer to it becomes a measurement.
+
+    ``evidence``: positions of its tokens in the context.
+    """
 
     parts: Parts
     sample: Sample | None
     tokenizer: Tokenizer
+    evidence: Int[np.ndarray, "E"]
 
     def ask(
         self, decoder: Decoder, prefix: Prefix, caches: Sequence[Any], *, sparse: bool
@@ -256,8 +296,9 @@ class _Question:
         if self.sample is None:
             scored = score(decoder, self.parts, prefix, caches, inspect=sparse)
             metrics, layers = row_metrics(scored.layers)
-            return Measurement(nowhere, 0, float(np.mean(scored.nats)), metrics, layers)
-        tokens, reports = answer(
+            value, picture = float(np.mean(scored.nats)), self._picture(scored.inspection)
+            return Measurement(nowhere, 0, value, metrics, layers, picture=picture)
+        tokens, seen = answer(
             decoder,
             self.parts,
             prefix,
@@ -266,7 +307,7 @@ class _Question:
             inspect=sparse,
         )
         text = self.tokenizer.decode(tokens)
-        metrics, layers = row_metrics(reports)
+        metrics, layers = row_metrics(self._with_evidence(seen))
         return Measurement(
             nowhere,
             0,
@@ -275,25 +316,61 @@ class _Question:
             layers,
             depth=self.sample.depth if self.sample.evidence else None,
             prediction=text,
+            picture=self._picture(seen),
         )
+
+    def _with_evidence(self, seen: Inspection) -> list[dict[str, float]]:
+        """Figures by layer, recall of the evidence among them where there is any."""
+        if not len(self.evidence) or not len(seen.queries):
+            return list(seen.layers)
+        return [
+            figures
+            if selection is None
+            else figures
+            | {
+                "evidence_recall": evidence_recall(
+                    np.asarray(selection.indices), selection.block_size, seen.queries, self.evidence
+                )
+            }
+            for figures, selection in zip(seen.layers, seen.selections, strict=True)
+        ]
+
+    def _picture(self, seen: Inspection) -> dict[str, Any] | None:
+        """What the last inspected row attended; None if no layer selects."""
+        if not len(seen.queries) or all(one is None for one in seen.selections):
+            return None
+        query = int(seen.queries[-1])
+        chosen = [
+            ()
+            if selection is None
+            else chosen_keys(np.asarray(selection.indices[-1]), selection.block_size, query)
+            for selection in seen.selections
+        ]
+        return {"query": query, "chosen": chosen, "evidence": self.evidence.tolist()}
 
 
 def _question(subject: Subject, plan: Plan, task: str, length: int, number: int) -> _Question:
     if task == PERPLEXITY:
         tokens = np.asarray(subject.texts(number, length), np.int32)[:length]
-        return _Question(text_parts(tokens, plan.scored), None, subject.tokenizer)
+        nothing = np.zeros(0, np.int32)
+        return _Question(text_parts(tokens, plan.scored), None, subject.tokenizer, nothing)
     sample = make_sample(task, number, length, subject.tokenizer)
     prompt = prompt_tokens(sample, subject.tokenizer)
     room = np.zeros(sample.answer_tokens, np.int32)
-    return _Question(Parts(prompt.context, prompt.question, room), sample, subject.tokenizer)
+    parts = Parts(prompt.context, prompt.question, room)
+    evidence = evidence_tokens(sample, subject.tokenizer)
+    return _Question(parts, sample, subject.tokenizer, evidence)
 
 
-def _conditions(cell: Cell, subject: Subject, attention: MechanismConfig | None) -> Conditions:
-    text = cell.task == PERPLEXITY
+def _conditions(cell: Cell, subject: Subject, column: Column) -> Conditions:
+    text, attention = cell.task == PERPLEXITY, column.attention
+    dense_layers = set(subject.dense_layers if attention is not None else ())
+    if column.mapping is not None:
+        dense_layers |= set(column.mapping.dense_layers)
     return Conditions(
         metric="nats a token" if text else "score",
         better="lower" if text else "higher",
-        dense_layers=subject.dense_layers if attention is not None else (),
+        dense_layers=tuple(sorted(dense_layers)),
         sinks=getattr(attention, "sinks", None),
         recent=getattr(attention, "recent", None),
         haystack="held-out text" if text else str(TASKS[cell.task].haystack or ""),

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from models.loading.sources import open_checkpoint
-from train.evaluation.results import Picture, Results
+from train.evaluation.results import Results
 from train.evaluation.rows import Conditions
 from train.evaluation.store import Cell, Measurement
 from train.evaluation.tasks import Text
@@ -73,6 +73,7 @@ def measurements():
                     else {"recall": [None, *(0.3 + 0.1 * ((n * 7) % 6) for n in range(11))]},
                     depth=(sample + 0.5) / 8,
                     prediction="an answer",
+                    picture=picture() if sample == 0 and (length, budget) == (1024, 64) else None,
                     seconds=1.0,
                 )
             )
@@ -94,14 +95,14 @@ def conditions(cell):
 
 def picture():
     """Twelve layers of three lists: sinks, recent keys, a moving band."""
-    chosen = tuple(
-        tuple(
-            (*range(16), *range(100 + 50 * layer + 9 * one, 164 + 50 * layer), *range(960, 1024))
+    chosen = [
+        [
+            [*range(16), *range(100 + 50 * layer + 9 * one, 164 + 50 * layer), *range(960, 1024)]
             for one in range(3)
-        )
+        ]
         for layer in range(12)
-    )
-    return Picture(Cell("niah_single_1", 1024, "quest", 64, "B"), 0, 1023, chosen, (300, 301, 302))
+    ]
+    return {"query": 1023, "chosen": chosen, "evidence": [300, 301, 302]}
 
 
 @pytest.fixture
@@ -112,5 +113,4 @@ def results():
         conditions,
         settings={"model": "small <&> model", "protocol": "B", "samples": 8},
         environment={"device": "cpu", "jax": "0.12.0"},
-        pictures=[picture()],
     )

@@ -9,6 +9,7 @@ from flax import nnx
 
 from models.config import ModelConfig
 from models.generate import generate
+from models.loading.mapping import save_mapping
 from models.transformer import Decoder
 from models.upcycle import attending
 from sparse_attn import NSA, Dense, HashAttention
@@ -31,8 +32,8 @@ MODEL = ModelConfig(
     scan_layers=False,
 )
 PLAN = Plan(
-    tasks=("niah_single_1", "perplexity"),
-    lengths=(768,),
+    tasks=("passkey", "perplexity"),
+    lengths=(320,),
     samples=2,
     policies=("dense", "oracle_topk:recent=8"),
     budgets=(16, 1 / 4),
@@ -69,7 +70,15 @@ def test_every_cell_has_its_samples_and_its_cost(finished):
     text = rows["perplexity", "dense", None]
     assert text.conditions.better == "lower"
     assert 4 < text.value < 7, "an untrained model over 259 tokens"
-    assert rows["niah_single_1", "dense", None].value == 0
+    assert rows["passkey", "dense", None].value == 0
+    found = {(p.cell.task, p.cell.budget): p for p in results.pictures}
+    assert set(found) == {(task, budget) for task in PLAN.tasks for budget in PLAN.budgets}
+    looked = found["passkey", 16]
+    assert looked.sample == 0
+    assert [len(lists) for lists in looked.chosen] == [0, 2], "the first layer is dense"
+    ends = OracleTopK().sinks + 8
+    assert {len(keys) for keys in looked.chosen[1]} == {16 + ends}, "budget, sinks, recent keys"
+    assert max(looked.evidence) < looked.query == looked.chosen[1][0][-1]
     assert {path.name for path in folder.iterdir()} == {
         *("samples.jsonl", "results.json", "report.md", "report.html")
     }
@@ -91,11 +100,38 @@ def test_an_evaluation_goes_on_where_it_was_killed_and_ends_the_same(
     run(subject, PLAN, tmp_path, progress=lambda *where: pytest.fail("nothing is left to run"))
 
 
+def test_protocols_of_one_report_and_whether_the_evidence_was_found(subject, tmp_path):
+    covering, blind = "oracle_topk:budget=100000", "streaming_llm:sinks=0,recent=8"
+    plan = Plan(("passkey",), (320,), 1, ("dense", covering, blind), protocols=("A", "C"))
+    results = run(subject, plan, tmp_path)
+    rows = {(row.cell.protocol, row.cell.policy): row for row in results.rows}
+    assert len(rows) == 1 + 2 * 2, "dense attention is the same under every protocol"
+    for protocol in plan.protocols:
+        assert rows[protocol, covering].metrics["evidence_recall"] == 1
+        assert rows[protocol, covering].difference == 0
+        assert rows[protocol, blind].metrics["evidence_recall"] < 0.05
+    queries = {p.cell.protocol: p.query for p in results.pictures if p.cell.policy == covering}
+    assert queries["A"] > queries["C"], "a row of the answer, the last one of the question"
+
+
+def test_a_mapping_file_is_a_column(tmp_path):
+    hashing = HashAttention(bits=8, budget=8, sinks=2, recent=4, hidden=8)
+    model = dataclasses.replace(MODEL, attention=hashing)
+    decoder = Decoder(model, rngs=nnx.Rngs(0))
+    file = save_mapping(decoder, tmp_path / "mapping.safetensors", base="small")
+    subject = Subject(decoder, ByteTokenizer(), texts)
+    plan = Plan(("perplexity",), (64,), 1, ("own", f"mapping:{file}"), (8, 16), scored=16)
+    small, large, own = run(subject, plan, tmp_path).rows
+    assert (own.cell.policy, small.cell.budget, large.cell.budget) == ("own", 8, 16)
+    assert small.cell.policy.startswith(f"mapping:{file}@")
+    assert own.value == small.value != large.value
+
+
 @pytest.mark.parametrize("attention", [Dense(), Quest(budget=16, page=8, recent=8)])
 def test_answers_are_what_generation_gives(subject, attention):
     """Protocol C is sparse throughout, as generation is."""
     own = attending(subject.decoder, dataclasses.replace(MODEL, attention=attention))
-    question = suite._question(subject, PLAN, "niah_single_1", 768, 0)
+    question = suite._question(subject, PLAN, "passkey", 320, 0)
     parts = dataclasses.replace(question.parts, answer=np.zeros(12, np.int32))
     prefix = prefill(own, parts, "C")
     caches = fill_caches(own, parts, prefix)
@@ -109,7 +145,7 @@ def test_protocol_a_leaves_the_caches_for_the_next_budget(subject):
     sparse = attending(
         subject.decoder, dataclasses.replace(MODEL, attention=OracleTopK(budget=16, recent=8))
     )
-    question = suite._question(subject, PLAN, "niah_single_1", 768, 1)
+    question = suite._question(subject, PLAN, "passkey", 320, 1)
     parts = dataclasses.replace(question.parts, answer=np.zeros(6, np.int32))
     prefix = prefill(subject.decoder, parts, "A")
     caches = fill_caches(sparse, parts, prefix)
@@ -124,7 +160,7 @@ def test_protocol_a_leaves_the_caches_for_the_next_budget(subject):
         ({"tasks": ("niah",)}, r"tasks=\('niah',\): choose some of perplexity, "),
         ({"tasks": ()}, "choose some of"),
         ({"policies": ("quest:pages=8",)}, "must read NAME:FIELD=VALUE"),
-        ({"protocol": "D"}, "use A, B or C"),
+        ({"protocols": ("D",)}, "use some of A, B and C"),
         ({"lengths": (33,)}, "lengths of at least 34"),
         ({"samples": 0}, "samples=0"),
     ],
@@ -140,7 +176,7 @@ def test_a_model_with_branches_of_its_own_is_asked_as_it_is(tmp_path):
     )
     decoder = Decoder(dataclasses.replace(MODEL, attention=nsa), rngs=nnx.Rngs(0))
     subject = Subject(decoder, ByteTokenizer(), texts)
-    plan = Plan(("perplexity",), (64,), 1, ("own",), protocol="C", scored=16)
+    plan = Plan(("perplexity",), (64,), 1, ("own",), protocols=("C",), scored=16)
     (row,) = run(subject, plan, tmp_path / "own").rows
     assert row.samples == 1
     with pytest.raises(ValueError, match=r"NSA has others of its own; use --policies own"):
