@@ -148,6 +148,11 @@ def _repeat(one: Array, like: Array) -> Array:
     """[1, ...] -> [R, ...], copies (each branch is trained on its own); [R, ...] stays."""
     if one.shape == like.shape:
         return one
+    if one.shape[0] > 1:
+        raise ValueError(
+            f"the model has {one.shape[0]} K/V branches, trained each for itself, and the "
+            f"attention asked for has {like.shape[0]}; nothing says which of them it should read"
+        )
     return jnp.repeat(one, like.shape[0] // one.shape[0], axis=0)
 
 

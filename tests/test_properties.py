@@ -4,8 +4,8 @@ Items are numbered as in the documentation of the property suite. Index sets fli
 float32, so equalities are checked in float64, and float32 only on rows that select the same.
 
 The quick run takes the five core mechanisms through every item, their relatives through those about
-values and causality, second variants through item 9, policies through drawn appends. All else is
-marked ``full``, and so is the reference backend by itself (item 9 holds xla to it).
+values and causality and through drawn appends, policies through drawn appends. All else is marked
+``full``, and so is the reference backend by itself (item 9 holds xla to it).
 """
 
 import dataclasses
@@ -43,8 +43,7 @@ def is_policy(config):
     return type(config) in POLICIES.values()
 
 
-every_variant = parametrized(lambda config, first: not is_policy(config))
-every_first = parametrized(lambda config, first: first)
+appending = parametrized(lambda config, first: first and not isinstance(config, CORE))
 first_mechanisms = parametrized(lambda config, first: first and not is_policy(config))
 core_mechanisms = parametrized(lambda config, first: first and isinstance(config, CORE))
 every_backend = pytest.mark.parametrize(
@@ -59,7 +58,9 @@ def require_causal(config):
 
 @first_mechanisms
 @every_backend
-@pytest.mark.parametrize("shape", ["G1", pytest.param("G2", marks=pytest.mark.full), "G4"])
+@pytest.mark.parametrize(
+    "shape", [*(pytest.param(g, marks=pytest.mark.full) for g in ("G1", "G2")), "G4"]
+)
 def test_1_covering_budget_equals_dense(config, implementation, shape, x64):
     shape = cases.SHAPES[shape]
     covering = config.covering(T)
@@ -93,7 +94,7 @@ def decode(module, parts, chunks, dtype=jnp.float64, capacity=48, rollback=0, va
     return jnp.concatenate(outs, axis=1), cache
 
 
-@first_mechanisms
+@core_mechanisms
 @every_backend
 def test_2_prefill_equals_single_steps_equals_chunks(config, implementation, x64):
     require_causal(config)
@@ -256,7 +257,7 @@ def test_4_any_layout_of_documents_equals_each_alone(config, data):
             )
 
 
-@every_first
+@appending
 @hypothesis.settings(parent=hypothesis.settings.get_profile("shared"), max_examples=cases.EXAMPLES)
 @hypothesis.given(data=st.data())
 def test_2_ragged_appends_equal_the_whole(config, data):
@@ -292,7 +293,7 @@ def test_2_ragged_appends_equal_the_whole(config, data):
 
 @core_mechanisms
 @pytest.mark.parametrize(
-    "tokens", [1, 9, *(pytest.param(n, marks=pytest.mark.full) for n in (3, 4, 5, 7, 8))]
+    "tokens", [1, *(pytest.param(n, marks=pytest.mark.full) for n in (3, 4, 5, 7, 8, 9))]
 )
 def test_5_edge_lengths_are_finite_and_right(config, tokens, x64):
     shape = cases.SHAPES["G1"]
@@ -395,7 +396,7 @@ def test_8_second_run_is_bitwise_equal(config):
         np.testing.assert_array_equal(a, b)
 
 
-@every_variant
+@first_mechanisms
 def test_9_xla_equals_reference_with_poisoned_padding(config, x64):
     shape = cases.SHAPES["G2"]
     clean = cases.arrays(shape, config.kv_branches, 2, T)
@@ -504,7 +505,7 @@ def test_inspection_measures_quality_and_cost(config):
     assert (np.diff(indices)[listed[..., 1:]] > 0).all(), "lists must ascend, without duplicates"
 
 
-@first_mechanisms
+@core_mechanisms
 def test_dense_attend_equals_dense_and_inspection_still_shows_the_sparse_choice(config, x64):
     if isinstance(config, Dense | NSA):
         pytest.skip("dense anyway, or (NSA) dense in its selected branch only")

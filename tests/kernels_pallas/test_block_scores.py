@@ -17,6 +17,10 @@ NSA = Pooling.geometric(8, 4, 16)
 # batch, rows, entries, query heads, kv heads, width, value width: tiles, and few rows (decode).
 MANY, FEW = (2, 43, 37, 4, 2, 8, 4), (2, 5, 37, 4, 2, 8, 4)
 NAMES = ("out", "lse", "indices", "dq", "dk", "dv")
+# What holds for the reference holds for xla, which is compared with it everywhere else.
+either = pytest.mark.parametrize(
+    "implementation", ["reference", pytest.param("xla", marks=pytest.mark.full)]
+)
 
 
 def heads(shape, dtype, seed=0):
@@ -154,7 +158,7 @@ def brute_force(p, first, last, pooling, selected, initial, recent):
     return sorted(sorted(eligible, key=rank, reverse=True)[:selected])
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@either
 @pytest.mark.parametrize("shape", [MANY, FEW])
 @pytest.mark.parametrize(
     ("pooling", "selected", "initial", "recent"),
@@ -188,7 +192,7 @@ def test_indices_equal_brute_force(x64, implementation, shape, pooling, selected
                 assert result.indices[b, t, head].tolist() == want, (b, t, head)
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@either
 @pytest.mark.parametrize("shape", [MANY, FEW])
 def test_ties_go_to_the_nearest_block(implementation, shape):
     """Equal keys make all whole blocks equal: after the forced ones the nearest are chosen."""
@@ -212,7 +216,7 @@ def test_ties_go_to_the_nearest_block(implementation, shape):
     np.testing.assert_array_equal(unseen.out, 0)
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@either
 @pytest.mark.parametrize("rows", [40, 3])
 def test_few_or_no_eligible_blocks(implementation, rows):
     q, k, v = heads((1, rows, 9, 2, 1, 8, 4), jnp.float32)

@@ -138,6 +138,9 @@ def test_other_attention_on_the_same_arrays(dense, dense_logits):
     assert logits(attending(dense, continued(OracleTopK(budget=1)))).shape == dense_logits.shape
     with pytest.raises(ValueError, match=r"layers\.0\.attention\.mechanism\.phi_k.* mapping file"):
         attending(dense, continued(HashAttention.tiny()[0]))
+    three = Decoder(continued(SPARSE), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="the model has 3 K/V branches"):
+        attending(three, CONFIG)
     with pytest.raises(ValueError, match="mlp_width: 48 -> 64"):
         attending(dense, dataclasses.replace(CONFIG, mlp_width=64))
 
