@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import logging
 import math
 import sys
@@ -40,7 +39,7 @@ from train.evaluation.report import Report
 
 if TYPE_CHECKING:
     from train.evaluation.protocols import Protocol
-    from train.evaluation.suite import Plan, Subject
+    from train.evaluation.suite import Subject
 
 PROGRAM = "python -m train.evaluate"
 BOUND = ("model.", "tokenizer.", "data.")
@@ -304,7 +303,7 @@ def ask(arguments: Arguments, console: Console) -> Path:
             protocols=cast("tuple[Protocol, ...]", _names(arguments.protocols)),
             scored=arguments.scored,
         )
-        subject = _subject(config, run_dir if trained else None, plan)
+        subject = _subject(config, run_dir if trained else None)
         folder = run_dir / "evaluation"
         with Progress(console=Console(stderr=True)) as bar:
             task = bar.add_task("samples", total=None)
@@ -322,7 +321,7 @@ def ask(arguments: Arguments, console: Console) -> Path:
     return folder
 
 
-def _subject(config: RunConfig, run_dir: Path | None, plan: Plan) -> Subject:
+def _subject(config: RunConfig, run_dir: Path | None) -> Subject:
     """The model, its tokenizer and held-out texts."""
     from models.loading import load
     from train.checkpoint import load_decoder
@@ -340,21 +339,11 @@ def _subject(config: RunConfig, run_dir: Path | None, plan: Plan) -> Subject:
             raise ValueError(f"{config.init_from} comes without a tokenizer; add tokenizer.json")
         decoder, tokenizer, name = loaded.decoder, loaded.tokenizer, config.init_from
 
-    @functools.cache
-    def texts(length: int) -> list[Any]:
+    def documents(length: int | None) -> list[Any]:
         found = evaluation_documents(config.data, tokenizer, max_tokens=length)
-        return [one.tokens for one in found if len(one.tokens) >= length]
+        return [one.tokens for one in found if length is None or len(one.tokens) >= length]
 
-    def text(number: int, length: int) -> Any:
-        known = texts(length)
-        if number >= len(known):
-            raise ValueError(
-                f"{len(known)} held-out documents have {length} tokens; use at most as many "
-                f"--samples, not {plan.samples}, or shorter --lengths"
-            )
-        return known[number]
-
-    return Subject(decoder, tokenizer, text, name, config.model.dense_layers)
+    return Subject(decoder, tokenizer, documents, name, config.model.dense_layers)
 
 
 def _names(text: str) -> tuple[str, ...]:

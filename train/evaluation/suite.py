@@ -2,7 +2,7 @@
 
     plan = Plan(tasks=("niah_single_1", "perplexity"), lengths=(1024,), samples=4,
                 policies=("dense", "quest"), budgets=(1 / 8, 1 / 32))
-    results = run(Subject(decoder, tokenizer, texts), plan, folder)
+    results = run(Subject(decoder, tokenizer, documents), plan, folder)
 
 Samples are the outer loop: all policies and budgets of a sample share its dense prefill
 (:mod:`train.evaluation.protocols`), and an unfinished evaluation is even. Every finished sample is
@@ -48,7 +48,7 @@ from train.evaluation.tasks import TASKS, Sample, evidence_tokens, make_sample, 
 from train.evaluation.tasks import score as task_score
 from train.tokenizer import Tokenizer
 
-PERPLEXITY = "perplexity"
+PERPLEXITY, ROLLING = "perplexity", "rolling_perplexity"
 OWN = "own"
 """The policy that is the model's own attention."""
 MAPPING = "mapping:"
@@ -60,8 +60,10 @@ class Plan:
     """What is asked of a model.
 
     Attributes:
-      tasks: names in :data:`train.evaluation.tasks.TASKS`, and "perplexity": nats a token of the
-        last ``scored`` tokens of a held-out text.
+      tasks: names in :data:`train.evaluation.tasks.TASKS`; "perplexity": nats a token of the last
+        ``scored`` tokens of a held-out text; "rolling_perplexity": of whole texts, in windows that
+        follow each other, each a sample. Windows hold ``lengths`` tokens, the first of which is
+        given, so protocols make no difference; what is left after a text's last one is not read.
       lengths: tokens of a sample, at most.
       samples: of every task and length; sample i is made from seed i.
       policies: "dense", "own" (the model's own attention), a mechanism or policy with its
@@ -85,7 +87,7 @@ class Plan:
     scored: int = 512
 
     def __post_init__(self) -> None:
-        known = (PERPLEXITY, *sorted(TASKS))
+        known = (PERPLEXITY, ROLLING, *sorted(TASKS))
         unknown = [task for task in self.tasks if task not in known]
         if unknown or not self.tasks:
             raise ValueError(f"tasks={self.tasks}: choose some of {', '.join(known)}")
@@ -143,14 +145,15 @@ class Subject:
     Attributes:
       decoder: with its own attention.
       tokenizer: its own.
-      texts: sample i of the held-out texts, at least so many tokens, start token included.
+      documents: held-out texts as tokens, start token included; with a number, those that have as
+        many tokens, cut there.
       name: for the report.
       dense_layers: layers that stay dense under every policy.
     """
 
     decoder: Decoder
     tokenizer: Tokenizer
-    texts: Callable[[int, int], Int[np.ndarray, "T"]]
+    documents: Callable[[int | None], Sequence[Int[np.ndarray, "T"]]]
     name: str = "model"
     dense_layers: tuple[int, ...] = ()
 
@@ -173,7 +176,7 @@ def run(
       ValueError: if the model cannot be asked this, or the folder belongs to other settings.
       BlockingIOError: if another process is writing there.
     """
-    models = _Models(subject)
+    models, texts = _Models(subject), _Texts(subject, plan)
     columns: dict[tuple[str, str, Budget], Column] = {
         (protocol, column.policy, column.budget): column
         for protocol in plan.protocols
@@ -192,7 +195,7 @@ def run(
             done += len(cells) - len(missing)
             if not missing:
                 continue
-            question = _question(subject, plan, task, length, number)
+            question = _question(subject, texts, task, length, number)
             prefix: Prefix | None = None
             # Cells of a protocol share its dense pass, budgets of a policy its caches.
             for (protocol, policy), group in itertools.groupby(
@@ -349,11 +352,47 @@ class _Question:
         return {"query": query, "chosen": chosen, "evidence": self.evidence.tolist()}
 
 
-def _question(subject: Subject, plan: Plan, task: str, length: int, number: int) -> _Question:
-    if task == PERPLEXITY:
-        tokens = np.asarray(subject.texts(number, length), np.int32)[:length]
-        nothing = np.zeros(0, np.int32)
-        return _Question(text_parts(tokens, plan.scored), None, subject.tokenizer, nothing)
+class _Texts:
+    """Held-out texts as samples."""
+
+    def __init__(self, subject: Subject, plan: Plan) -> None:
+        self._subject, self._plan = subject, plan
+        self._known: dict[tuple[str, int], list[Parts]] = {}
+
+    def sample(self, task: str, length: int, number: int) -> Parts:
+        """The context that is given and the tokens that are scored."""
+        known = self._known.get((task, length))
+        if known is None:
+            make = self._windows if task == ROLLING else self._ends
+            known = self._known[task, length] = make(length)
+        if number >= len(known):
+            what = "windows" if task == ROLLING else "documents"
+            raise ValueError(
+                f"{len(known)} held-out {what} have {length} tokens; use at most as many "
+                f"--samples, not {self._plan.samples}, or shorter --lengths"
+            )
+        return known[number]
+
+    def _ends(self, length: int) -> list[Parts]:
+        scored = self._plan.scored
+        return [text_parts(np.asarray(t), scored) for t in self._subject.documents(length)]
+
+    def _windows(self, length: int) -> list[Parts]:
+        nothing, found = np.zeros(0, np.int32), []
+        for tokens in self._subject.documents(None):
+            tokens = np.asarray(tokens, np.int32)
+            if tokens[-1] == self._subject.tokenizer.eos_id:
+                tokens = tokens[:-1]
+            for begin in range(0, len(tokens) - length + 1, length - 1):
+                window = tokens[begin : begin + length]
+                found.append(Parts(window[:1], nothing, window[1:]))
+        return found
+
+
+def _question(subject: Subject, texts: _Texts, task: str, length: int, number: int) -> _Question:
+    if task in (PERPLEXITY, ROLLING):
+        parts, nothing = texts.sample(task, length, number), np.zeros(0, np.int32)
+        return _Question(parts, None, subject.tokenizer, nothing)
     sample = make_sample(task, number, length, subject.tokenizer)
     prompt = prompt_tokens(sample, subject.tokenizer)
     room = np.zeros(sample.answer_tokens, np.int32)
@@ -363,7 +402,7 @@ def _question(subject: Subject, plan: Plan, task: str, length: int, number: int)
 
 
 def _conditions(cell: Cell, subject: Subject, column: Column) -> Conditions:
-    text, attention = cell.task == PERPLEXITY, column.attention
+    text, attention = cell.task in (PERPLEXITY, ROLLING), column.attention
     dense_layers = set(subject.dense_layers if attention is not None else ())
     if column.mapping is not None:
         dense_layers |= set(column.mapping.dense_layers)

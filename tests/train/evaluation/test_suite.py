@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -41,14 +42,17 @@ PLAN = Plan(
 )
 
 
-def texts(number, length):
-    return np.random.default_rng(number).integers(3, 259, length)
+def documents(length):
+    """Texts of noise, the first of them with an end token."""
+    whole = [np.random.default_rng(n).integers(3, 259, 400 + 50 * n) for n in range(4)]
+    whole[0][-1] = ByteTokenizer.eos_id
+    return [text[:length] for text in whole if length is None or len(text) >= length]
 
 
 @pytest.fixture(scope="module")
 def subject():
     decoder = Decoder(MODEL, rngs=nnx.Rngs(0))
-    return Subject(decoder, ByteTokenizer(), texts, "small", dense_layers=(0,))
+    return Subject(decoder, ByteTokenizer(), documents, "small", dense_layers=(0,))
 
 
 @pytest.fixture(scope="module")
@@ -114,12 +118,23 @@ def test_protocols_of_one_report_and_whether_the_evidence_was_found(subject, tmp
     assert queries["A"] > queries["C"], "a row of the answer, the last one of the question"
 
 
+def test_rolling_perplexity_reads_texts_window_by_window(subject, tmp_path):
+    plan = Plan(("rolling_perplexity",), (120,), 5, scored=16)
+    (row,) = run(subject, plan, tmp_path).rows
+    windows = [text[at : at + 120] for text in documents(None) for at in (0, 119, 238)][:5]
+    log_p = jax.nn.log_softmax(subject.decoder(np.stack(windows)).logits[:, :-1])
+    nats = -jnp.take_along_axis(log_p, np.stack(windows)[:, 1:, None], axis=-1)
+    assert row.value == pytest.approx(float(nats.mean()), rel=1e-5)
+    with pytest.raises(ValueError, match="14 held-out windows have 120 tokens"):
+        run(subject, dataclasses.replace(plan, samples=99), tmp_path / "more")
+
+
 def test_a_mapping_file_is_a_column(tmp_path):
     hashing = HashAttention(bits=8, budget=8, sinks=2, recent=4, hidden=8)
     model = dataclasses.replace(MODEL, attention=hashing)
     decoder = Decoder(model, rngs=nnx.Rngs(0))
     file = save_mapping(decoder, tmp_path / "mapping.safetensors", base="small")
-    subject = Subject(decoder, ByteTokenizer(), texts)
+    subject = Subject(decoder, ByteTokenizer(), documents)
     plan = Plan(("perplexity",), (64,), 1, ("own", f"mapping:{file}"), (8, 16), scored=16)
     small, large, own = run(subject, plan, tmp_path).rows
     assert (own.cell.policy, small.cell.budget, large.cell.budget) == ("own", 8, 16)
@@ -131,7 +146,7 @@ def test_a_mapping_file_is_a_column(tmp_path):
 def test_answers_are_what_generation_gives(subject, attention):
     """Protocol C is sparse throughout, as generation is."""
     own = attending(subject.decoder, dataclasses.replace(MODEL, attention=attention))
-    question = suite._question(subject, PLAN, "passkey", 320, 0)
+    question = suite._question(subject, suite._Texts(subject, PLAN), "passkey", 320, 0)
     parts = dataclasses.replace(question.parts, answer=np.zeros(12, np.int32))
     prefix = prefill(own, parts, "C")
     caches = fill_caches(own, parts, prefix)
@@ -145,7 +160,7 @@ def test_protocol_a_leaves_the_caches_for_the_next_budget(subject):
     sparse = attending(
         subject.decoder, dataclasses.replace(MODEL, attention=OracleTopK(budget=16, recent=8))
     )
-    question = suite._question(subject, PLAN, "passkey", 320, 1)
+    question = suite._question(subject, suite._Texts(subject, PLAN), "passkey", 320, 1)
     parts = dataclasses.replace(question.parts, answer=np.zeros(6, np.int32))
     prefix = prefill(subject.decoder, parts, "A")
     caches = fill_caches(sparse, parts, prefix)
@@ -175,7 +190,7 @@ def test_a_model_with_branches_of_its_own_is_asked_as_it_is(tmp_path):
         compression_block=4, compression_stride=2, selection_block=8, selected_blocks=4, window=8
     )
     decoder = Decoder(dataclasses.replace(MODEL, attention=nsa), rngs=nnx.Rngs(0))
-    subject = Subject(decoder, ByteTokenizer(), texts)
+    subject = Subject(decoder, ByteTokenizer(), documents)
     plan = Plan(("perplexity",), (64,), 1, ("own",), protocols=("C",), scored=16)
     (row,) = run(subject, plan, tmp_path / "own").rows
     assert row.samples == 1
@@ -187,7 +202,7 @@ def test_a_model_with_branches_of_its_own_is_asked_as_it_is(tmp_path):
 def test_a_selector_of_its_own_meets_policies_on_the_same_weights(tmp_path):
     hashing = HashAttention(bits=8, budget=8, sinks=2, recent=4, hidden=8)
     decoder = Decoder(dataclasses.replace(MODEL, attention=hashing), rngs=nnx.Rngs(0))
-    subject = Subject(decoder, ByteTokenizer(), texts)
+    subject = Subject(decoder, ByteTokenizer(), documents)
     plan = Plan(("perplexity",), (64,), 1, ("dense", "own", "random:budget=8"), scored=16)
     rows = {row.cell.policy: row for row in run(subject, plan, tmp_path).rows}
     assert rows["own"].metrics["density_pairs"] < 1
