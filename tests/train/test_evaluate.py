@@ -3,6 +3,9 @@
 import dataclasses
 import json
 import math
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import jax
@@ -163,6 +166,60 @@ def test_report_of_a_run(config, run, decoder, texts, capsys):
     nats = teacher_forced(decoder, windows)[0].sum()
     expected = nats / math.log(2) / found["bytes"]
     assert found["bits_per_byte_teacher_forced"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.full
+def test_a_killed_evaluation_ends_in_the_same_report(config, tmp_path):
+    """SIGKILL at three moments, in a process of its own; no sample runs twice."""
+    model = dataclasses.replace(config.model, attention=Dense(), layers=1)
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for n in range(9):
+        (texts / f"{n}.txt").write_text(" ".join(WORDS[(n * i) % len(WORDS)] for i in range(90)))
+    data = dataclasses.replace(config.data, source=str(texts))
+    config = dataclasses.replace(config, model=model, data=data)
+    asked = [
+        *("--tasks", "passkey,perplexity,rolling_perplexity", "--lengths", "320"),
+        *("--samples", "2", "--scored", "16", "--protocols", "A,B"),
+        *("--policies", "dense", "oracle_topk:recent=4,sinks=2", "--budgets", "1/8,8"),
+    ]
+    folders = []
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+        here = dataclasses.replace(config, run_dir=str(tmp_path / name / "run"))
+        folders.append(save_run(here, Decoder(model, rngs=nnx.Rngs(0))))
+
+    def start(folder):
+        command = [sys.executable, "-m", "train.evaluate", "--checkpoint", str(folder), *asked]
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+    whole, killed = (folder / "evaluation" for folder in folders)
+
+    def finish(folder):
+        process = start(folder)
+        _, told = process.communicate(timeout=600)
+        assert process.returncode == 0, told.decode()
+
+    finish(folders[0])
+    for enough in (3, 10, 17):
+        process, samples = start(folders[1]), killed / "samples.jsonl"
+        while not samples.exists() or samples.read_bytes().count(b"\n") < enough:
+            assert process.poll() is None, process.stderr.read().decode()
+            time.sleep(0.01)
+        process.kill()
+        process.communicate()
+        assert not (killed / "results.json").exists()
+    finish(folders[1])
+    for name in ("results.json", "report.md", "report.html"):
+        assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
+
+    def ran(folder):
+        lines = (folder / "samples.jsonl").read_text().splitlines()[1:]
+        names = ("task", "length", "policy", "budget", "protocol", "sample")
+        return sorted(str([json.loads(line)[name] for name in names]) for line in lines)
+
+    assert ran(killed) == ran(whole)
+    assert len(set(ran(killed))) == len(ran(killed)) == 3 * 2 * (1 + 2 * 2)
 
 
 def test_tasks_of_a_run_from_the_command_line(config, tmp_path, capsys):

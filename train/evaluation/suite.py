@@ -186,6 +186,9 @@ def run(
     jobs = list(itertools.product(range(plan.samples), plan.lengths, plan.tasks))
     fixed = {"model": subject.name, "scored": plan.scored, **(settings or {})}
     of, done = len(jobs) * len(columns), 0
+    for length, task in itertools.product(plan.lengths, plan.tasks):
+        if task in (PERPLEXITY, ROLLING):  # whether there are enough is known before the first runs
+            texts.sample(task, length, plan.samples - 1)
     planned: set[tuple[Cell, int]] = set()
     with SampleStore(folder, fixed) as store:
         for number, length, task in jobs:
