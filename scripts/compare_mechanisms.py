@@ -199,8 +199,6 @@ def mechanism_configs(task: str) -> dict[str, MechanismConfig]:
             selection_block=8,
             selected_blocks=14 if mqar else 8,
             window=32,
-            # As in the paper otherwise; there the choice learns from the compressed branch alone.
-            selector_gradient="straight_through" if mqar else "through_output",
         ),
         "infllm_v2": InfLLMV2(
             compression_block=4 if mqar else 8,
@@ -267,9 +265,9 @@ def run_config(task: str, mechanism: str, seed: int, options: argparse.Namespace
         optimizer=OptimizerConfig(
             learning_rate=3e-3 if mqar else 6e-3,
             warmup_steps=50 if mqar else 20,
-            schedule="wsd" if mqar and not fitted else "cosine",
-            # Down to a third where T=256 begins: NSA forgets what to select at higher rates.
-            decay_fraction=0.58 if mqar else 0.2,
+            # MQAR: about 1e-3 from T=256 on. Higher, NSA forgets what to select; lower, 220 steps
+            # are too few for it to learn what to select there.
+            final_fraction=1 / 3 if mqar and not fitted else 0.1,
             weight_decay=0.0 if mqar else 0.1,
         ),
     )

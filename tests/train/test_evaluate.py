@@ -123,6 +123,17 @@ def test_decode_agrees_with_forward_and_with_plain_probabilities(decoder, window
     assert 0 < metrics["density"] < 1
 
 
+@pytest.mark.full
+def test_scores_do_not_depend_on_the_batch(decoder, windows):
+    for score in (decoded, lambda decoder, batch: teacher_forced(decoder, batch)[0]):
+        together = score(decoder, windows)
+        one_by_one = np.concatenate([score(decoder, one) for one in windows.batches(1)])
+        (filled,) = (score(decoder, three) for three in windows.batches(3))
+        np.testing.assert_allclose(one_by_one, together, atol=1e-5)
+        np.testing.assert_allclose(filled[:2], together, atol=1e-5)
+        assert (filled[2] == 0).all()
+
+
 def test_decode_notices_another_context(decoder, windows):
     changed = dataclasses.replace(windows, tokens=windows.tokens.copy())
     changed.tokens[0, 5] = 3 + (changed.tokens[0, 5] + 17) % 256

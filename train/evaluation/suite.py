@@ -118,7 +118,8 @@ class Plan:
                 mapping = read_mapping(path)
                 attention = mapping.attention
                 # Another file under the same name is another column.
-                policy = f"{policy}@{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}"
+                digest = hashlib.sha256(path.read_bytes()).hexdigest()
+                policy = f"{MAPPING}{path.name}@{digest[:8]}"
             else:
                 attention = parse_mechanism(policy, MECHANISMS | POLICIES)
             if not self.budgets or not hasattr(attention, "budget"):

@@ -41,7 +41,9 @@ class Table:
 
 
 def method(policy: str, budget: Budget) -> str:
-    """A policy with its budget, as tables call it."""
+    """A policy with its budget, as tables call it; a share as 1/32 where it is one."""
+    if isinstance(budget, float) and 0 < budget < 1 and (1 / budget).is_integer():
+        return f"{policy} 1/{round(1 / budget)}"
     return policy if budget is None else f"{policy} {budget}"
 
 

@@ -67,7 +67,7 @@ def test_every_part_is_there(results):
         "Environment",
     ]
     assert "niah_single_1 at 1,024, protocol B" in sections["Quality against bytes read"]
-    assert "vt, quest 0.5, B" in sections["Where the evidence was"]
+    assert "vt, quest 1/2, B" in sections["Where the evidence was"]
     assert "recall: vt at 2,048, protocol B" in sections["Recall by layer"]
     assert "cpu" in sections["Environment"]
 
