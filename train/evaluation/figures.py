@@ -269,19 +269,20 @@ def selection(
 ) -> str:
     """Keys from left to right, layers from top to bottom, a thin line for each list of a layer.
 
-    Bands from top to bottom mark the evidence.
+    A layer without lists is dense: one pale line. Bands from top to bottom mark the evidence.
     """
     left, width, line, gap = 34.0, 760.0, 3.0, 2.0
     scale = (width - left - 6) / (query + 1)
     parts, y = [], 22.0
     drawn = []
     for number, lists in enumerate(chosen):
-        height = line * len(lists)
+        height = line * max(len(lists), 1)
         if number % max(1, len(chosen) // 12) == 0:
             parts.append(text(left - 6, y + 8, str(number), anchor="end", size=11))
         wide = (query + 1) * scale
         parts.append(
-            f'<rect x="{left}" y="{y:.1f}" width="{wide:.1f}" height="{height:.1f}" fill="{_GAP}"/>'
+            f'<rect x="{left}" y="{y:.1f}" width="{wide:.1f}" height="{height:.1f}" '
+            + (f'fill="{_GAP}"/>' if lists else f'fill="{COLOURS[0]}" opacity="0.35"/>')
         )
         for one, keys in enumerate(lists):
             for start, stop in _runs(keys):

@@ -115,7 +115,7 @@ def page(results: Results) -> str:
         _section(
             "What one query selected",
             "Keys from left to right; each layer has one thin line for each list that its heads "
-            "share. Orange bands mark the evidence.",
+            "share, and one pale line where it stays dense. Orange bands mark the evidence.",
             "".join(_picture(picture) for picture in results.pictures),
         ),
         _section(
