@@ -249,7 +249,8 @@ def heat_map(
     if column_name:
         height += 14
         parts.append(text(left, height - 4, column_name, size=11))
-    return svg(left + len(columns) * wide + 4, height, parts, title)
+    width = max(len(columns) * wide, 6.2 * len(column_name))
+    return svg(left + width + 4, height, parts, title)
 
 
 def _shade(value: float | None) -> str:
