@@ -235,10 +235,16 @@ def test_a_trained_run_from_the_command_line(harness, offline_tasks, tmp_path):
     """``offline_tasks`` left its task and a tokenizer for RULER's in ``tmp_path``."""
     texts = tmp_path / "texts"
     texts.mkdir()
-    for n in range(12):
+    for n in range(30):
         (texts / f"{n}.txt").write_text(" ".join(["The mill turns by the road."] * (20 + n)))
     tiny = load_recipe("configs/tiny.py")
-    data = dataclasses.replace(tiny.data, source=str(texts), cache_dir=str(tmp_path / "cache"))
+    data = dataclasses.replace(
+        tiny.data,
+        source=str(texts),
+        cache_dir=str(tmp_path / "cache"),
+        validation_fraction=0.2,
+        evaluation_fraction=0.2,
+    )
     model = dataclasses.replace(tiny.model, attention=Dense())
     config = dataclasses.replace(
         tiny, run_dir=str(tmp_path / "run"), steps=60, model=model, data=data
