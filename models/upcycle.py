@@ -20,6 +20,7 @@ from jaxtyping import Array
 from models.config import ModelConfig
 from models.loading.mapping import MappingFile
 from models.transformer import Decoder, Tree, abstract, merge, split
+from sparse_attn.dense import Dense
 
 _BRANCHED = ("k", "v", "k_bias", "v_bias")
 # What may differ between a model and its continuation: attention, and how it is computed.
@@ -57,6 +58,7 @@ def upcycle(
         would have to turn several K/V branches into fewer.
     """
     _check_same_sizes(config, target)
+    _check_branches(config, target)
     graphdef, expected, expected_state = abstract(config)
     _check_params(params, expected)
     if state is None:
@@ -65,12 +67,6 @@ def upcycle(
     decoder = Decoder(dataclasses.replace(target, scan_layers=False), rngs=rngs)
     for layer in range(target.layers):
         old, new = config.layer_attention(layer), target.layer_attention(layer)
-        if old.kv_branches not in (1, new.kv_branches):
-            raise ValueError(
-                f"layer {layer}: {old.kv_branches} K/V branches of {type(old).__name__} cannot "
-                f"become the {new.kv_branches} of {type(new).__name__}; start from a model with "
-                "one K/V branch, or keep the mechanism"
-            )
         mechanism = decoder.layers[str(layer)].attention.mechanism
         if type(old) is type(new):
             kept = nnx.state(source.layers[str(layer)].attention.mechanism)
@@ -92,12 +88,14 @@ def attending(decoder: Decoder, target: ModelConfig, mapping: MappingFile | None
     ``mapping``; their other variables start at 0.
 
     Raises:
-      ValueError: if the two differ in more than attention and grouping of layers, or a mechanism
-        has parameters that ``mapping`` does not hold.
+      ValueError: if the two differ in more than attention and grouping of layers, a layer would
+        have to turn several K/V branches into fewer, or a mechanism has parameters that
+        ``mapping`` does not hold.
     """
     decoder = decoder.unstacked()
     target = dataclasses.replace(target, scan_layers=False)
     _check_same_sizes(decoder.config, target)
+    _check_branches(decoder.config, target)
     graphdef, shapes, state_shapes = abstract(target)
     params = _overlay(shapes, split(decoder)[1])
     if mapping is not None:
@@ -116,6 +114,14 @@ def attending(decoder: Decoder, target: ModelConfig, mapping: MappingFile | None
     return merge(graphdef, params, state)
 
 
+def densely(decoder: Decoder) -> Decoder:
+    """``decoder`` with dense attention in every layer, by :func:`attending`."""
+    target = dataclasses.replace(
+        decoder.config, attention=Dense(), attention_overrides=(), dense_layers=()
+    )
+    return attending(decoder, target)
+
+
 def _check_same_sizes(config: ModelConfig, target: ModelConfig) -> None:
     different = [
         f"{field.name}: {getattr(config, field.name)!r} -> {getattr(target, field.name)!r}"
@@ -127,6 +133,17 @@ def _check_same_sizes(config: ModelConfig, target: ModelConfig) -> None:
             f"a model of other sizes cannot be continued: {'; '.join(different)}; only attention, "
             "rope, dtypes and the grouping of layers may change"
         )
+
+
+def _check_branches(config: ModelConfig, target: ModelConfig) -> None:
+    for layer in range(target.layers):
+        old, new = config.layer_attention(layer), target.layer_attention(layer)
+        if old.kv_branches not in (1, new.kv_branches):
+            raise ValueError(
+                f"layer {layer}: {old.kv_branches} K/V branches of {type(old).__name__} cannot "
+                f"become the {new.kv_branches} of {type(new).__name__}; start from a model with "
+                "one K/V branch, or keep the mechanism"
+            )
 
 
 def _overlay(target: Tree, source: Tree) -> Tree:
@@ -148,11 +165,6 @@ def _repeat(one: Array, like: Array) -> Array:
     """[1, ...] -> [R, ...], copies (each branch is trained on its own); [R, ...] stays."""
     if one.shape == like.shape:
         return one
-    if one.shape[0] > 1:
-        raise ValueError(
-            f"the model has {one.shape[0]} K/V branches, trained each for itself, and the "
-            f"attention asked for has {like.shape[0]}; nothing says which of them it should read"
-        )
     return jnp.repeat(one, like.shape[0] // one.shape[0], axis=0)
 
 

@@ -44,12 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     # Before jax or torch start their threads, and inherited by the peers.
     if options.threads == 1:
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-        os.environ["XLA_FLAGS"] = (
-            "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1 "
-            + os.environ.get("XLA_FLAGS", "")
-        )
-        os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        import one_core
+
+        one_core.pin()
     if options.layer_worker:
         from bench_sides import serve_layer
 

@@ -74,12 +74,9 @@ for line in sys.stdin:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     if options.threads == 1:  # before jax starts its threads, and inherited by the peer
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-        os.environ["XLA_FLAGS"] = (
-            "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1 "
-            + os.environ.get("XLA_FLAGS", "")
-        )
-        os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        import one_core
+
+        one_core.pin()
     rows: list[dict[str, Any]] = []
     for length in options.lengths:
         for direction in options.directions:

@@ -102,12 +102,9 @@ for line in sys.stdin:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     if options.threads == 1:  # before jax starts its threads, and inherited by the peers
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-        os.environ["XLA_FLAGS"] = (
-            "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1 "
-            + os.environ.get("XLA_FLAGS", "")
-        )
-        os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        import one_core
+
+        one_core.pin()
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for length in options.lengths:
@@ -129,6 +126,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--lengths", type=numbers, default=(1024, 4096, 8192), help="tokens of the prompt: T,T,...")
     add("--attention", nargs="*", default=[HASH], help="mechanisms, NAME:FIELD=VALUE,...")
     add("--mapping", default="", help="a mapping file: one more side")
+    add("--model", default=MODEL, help="as models.load takes it; llama.cpp needs its GGUF file")
     add("--steps", type=int, default=16, help="tokens of a turn")
     add("--turns", type=int, default=5)
     add("--threads", type=int, default=1, help="1 pins the whole run to one core")
@@ -169,10 +167,11 @@ def measure(options: argparse.Namespace, length: int, folder: Path) -> list[dict
     """Rows of all sides at one length."""
     from models import load
     from models.loading.mapping import read_mapping
+    from models.loading.sources import open_checkpoint
     from models.upcycle import attending
     from sparse_attn import Dense
 
-    loaded = load(MODEL, attention=Dense())
+    loaded = load(options.model, attention=Dense())
     dense = loaded.decoder.unstacked()
     prompt = prompt_of(loaded.tokenizer, length)
     made: list[tuple[str, Callable[[], Any]]] = [("dense", lambda: dense)]
@@ -192,7 +191,7 @@ def measure(options: argparse.Namespace, length: int, folder: Path) -> list[dict
             export(dense, exported, context_length=8192)
         for name, code, source in (
             ("transformers", TRANSFORMERS, str(exported)),
-            ("llama.cpp", LLAMA_CPP, packaged_file()),
+            ("llama.cpp", LLAMA_CPP, str(open_checkpoint(options.model).path)),
         ):
             sides.append(Side(name, length, lambda c=code, s=source: peer(options, c, s, prompt)))
     for _ in range(options.turns):
@@ -311,13 +310,6 @@ class Peer:
 def peer(options: argparse.Namespace, code: str, source: str, prompt: list[int]) -> Any:
     started = Peer(options.peer_python, code, [source, options.threads, prompt])
     return started.first, started
-
-
-def packaged_file() -> str:
-    """The 4-bit file of the installed package."""
-    from models.loading.sources import open_checkpoint
-
-    return str(open_checkpoint(MODEL).path)
 
 
 def processor() -> str:

@@ -1,21 +1,14 @@
 """scripts/bench_smollm2_decode.py: rows, ratios, and peers that are missing."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
-
-SCRIPTS = Path(__file__).parent.parent / "scripts"
+from evaluation_cases import load_script
 
 
 @pytest.fixture(scope="module")
 def bench():
-    file = SCRIPTS / "bench_smollm2_decode.py"
-    spec = importlib.util.spec_from_file_location("bench_smollm2_decode", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("bench_smollm2_decode")
 
 
 def test_ratios_are_those_of_the_same_length(bench):

@@ -139,7 +139,7 @@ def test_other_attention_on_the_same_arrays(dense, dense_logits):
     with pytest.raises(ValueError, match=r"layers\.0\.attention\.mechanism\.phi_k.* mapping file"):
         attending(dense, continued(HashAttention.tiny()[0]))
     three = Decoder(continued(SPARSE), rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match="the model has 3 K/V branches"):
+    with pytest.raises(ValueError, match="layer 0: 3 K/V branches of NSA cannot become the 1"):
         attending(three, CONFIG)
     with pytest.raises(ValueError, match="mlp_width: 48 -> 64"):
         attending(dense, dataclasses.replace(CONFIG, mlp_width=64))

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from models.generate import Sampling
 from models.text import Continuation, generate_text
 from models.transformer import Decoder
-from models.upcycle import attending
+from models.upcycle import densely
 from sparse_attn.dense import Dense
 from train.evaluation.protocols import Parts, answer, fill_caches, prefill, score
 from train.tokenizer import Tokenizer
@@ -78,10 +78,7 @@ class HarnessLM(TemplateLM):
         self._decoder = self._prefilling = decoder.unstacked()
         config = self._decoder.config
         if protocol == "A" and any(run.attention != Dense() for run in config.runs):
-            dense = dataclasses.replace(
-                config, attention=Dense(), attention_overrides=(), dense_layers=()
-            )
-            self._prefilling = attending(self._decoder, dense)
+            self._prefilling = densely(self._decoder)
         self._tokenizer, self._protocol, self._start = tokenizer, protocol, start
         self.max_length, self.batch_size = max_length, batch_size
         self._told = False

@@ -12,6 +12,7 @@ on the disk before the next begins and never runs again; :func:`run` ends with t
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import time
@@ -25,7 +26,7 @@ from jaxtyping import Int
 
 from models.loading.mapping import MappingFile, read_mapping
 from models.transformer import Decoder
-from models.upcycle import attending
+from models.upcycle import attending, densely
 from sparse_attn.dense import Dense
 from sparse_attn.registry import MECHANISMS, POLICIES, MechanismConfig, parse_mechanism
 from train.evaluation.evidence import chosen_keys, evidence_recall
@@ -102,11 +103,14 @@ class Plan:
                 f"perplexity of the last scored={self.scored} tokens needs lengths of at least "
                 f"{self.scored + 2}, not {self.lengths}; lower --scored"
             )
-        for _ in self.columns():
-            pass
+        _ = self.columns  # what cannot be read is found now
 
-    def columns(self) -> Iterator[Column]:
-        """What every sample of a task is asked with, in order."""
+    @functools.cached_property
+    def columns(self) -> tuple[Column, ...]:
+        """What every sample of a task is asked with, in order; files of mappings are read once."""
+        return tuple(self._columns())
+
+    def _columns(self) -> Iterator[Column]:
         for policy in self.policies:
             if policy in (DENSE, OWN):
                 yield Column(policy)
@@ -181,7 +185,7 @@ def run(
     columns: dict[tuple[str, str, Budget], Column] = {
         (protocol, column.policy, column.budget): column
         for protocol in plan.protocols
-        for column in plan.columns()
+        for column in plan.columns
         if column.policy != DENSE or protocol == plan.protocols[0]
     }
     jobs = list(itertools.product(range(plan.samples), plan.lengths, plan.tasks))
@@ -213,14 +217,15 @@ def run(
                     decoder = models.of(columns[protocol, policy, cell.budget])
                     if caches is None:
                         caches = fill_caches(decoder, question.parts, prefix)
-                    found = question.ask(decoder, prefix, caches, sparse=policy != DENSE)
+                    # One sample is looked at; pictures of all would fill the disk.
+                    found = question.ask(
+                        decoder, prefix, caches, sparse=policy != DENSE, draw=number == 0
+                    )
                     store.add(
                         dataclasses.replace(
                             found,
                             cell=cell,
                             sample=number,
-                            # One sample is looked at; pictures of all would fill the disk.
-                            picture=found.picture if number == 0 else None,
                             seconds=round(time.monotonic() - begun, 3),
                         )
                     )
@@ -247,12 +252,17 @@ class _Models:
         branches = {run.attention.kv_branches for run in self._own.config.runs}
         self._dense: Decoder | None = None
         if branches == {1}:
-            target = dataclasses.replace(
-                self._own.config, attention=Dense(), attention_overrides=(), dense_layers=()
-            )
-            self._dense = attending(self._own, target)
+            self._dense = densely(self._own)
+        self._made: dict[tuple[str, Budget], Decoder] = {}
 
     def of(self, column: Column) -> Decoder:
+        """Made once: a mapping's arrays are placed anew every time."""
+        key = column.policy, column.budget
+        if key not in self._made:
+            self._made[key] = self._attending(column)
+        return self._made[key]
+
+    def _attending(self, column: Column) -> Decoder:
         if column.policy == OWN:
             return self._own
         dense = self._need_dense(column.policy)
@@ -296,14 +306,21 @@ class _Question:
     evidence: Int[np.ndarray, "E"]
 
     def ask(
-        self, decoder: Decoder, prefix: Prefix, caches: Sequence[Any], *, sparse: bool
+        self,
+        decoder: Decoder,
+        prefix: Prefix,
+        caches: Sequence[Any],
+        *,
+        sparse: bool,
+        draw: bool,
     ) -> Measurement:
-        """The measurement, without its cell and number."""
+        """The measurement, without its cell and number; with a picture to ``draw``, if asked."""
         nowhere = Cell("", 0, "", None, "")
         if self.sample is None:
             scored = score(decoder, self.parts, prefix, caches, inspect=sparse)
             metrics, layers = row_metrics(scored.layers)
-            value, picture = float(np.mean(scored.nats)), self._picture(scored.inspection)
+            value = float(np.mean(scored.nats))
+            picture = self._picture(scored.inspection) if draw else None
             return Measurement(nowhere, 0, value, metrics, layers, picture=picture)
         tokens, seen = answer(
             decoder,
@@ -323,7 +340,7 @@ class _Question:
             layers,
             depth=self.sample.depth if self.sample.evidence else None,
             prediction=text,
-            picture=self._picture(seen),
+            picture=self._picture(seen) if draw else None,
         )
 
     def _with_evidence(self, seen: Inspection) -> list[dict[str, float]]:

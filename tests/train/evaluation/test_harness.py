@@ -1,14 +1,13 @@
 """train.evaluation.harness: lm-evaluation-harness sees what decoding computes, offline."""
 
 import dataclasses
-import importlib.util
 import json
 import logging
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from evaluation_cases import MODEL, load_script
 from flax import nnx
 
 pytest.importorskip("lm_eval")
@@ -18,7 +17,6 @@ from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks.ruler import common_utils
 
-from models.config import ModelConfig
 from models.generate import generate
 from models.text import generate_text
 from models.transformer import Decoder
@@ -31,20 +29,8 @@ from train.evaluation.tasks import Sample, score
 from train.loop import train
 from train.tokenizer import ByteTokenizer
 
-MODEL = ModelConfig(
-    vocab_size=259,
-    layers=2,
-    model_width=16,
-    query_heads=2,
-    kv_heads=1,
-    head_width=8,
-    mlp_width=32,
-    attention=Dense(),
-    scan_layers=False,
-)
 QUEST = dataclasses.replace(MODEL, attention=Quest(budget=8, page=4, sinks=2, recent=4))
 BYTES = ByteTokenizer()
-SCRIPTS = Path(__file__).parents[3] / "scripts"
 
 
 @pytest.fixture(scope="module")
@@ -172,10 +158,7 @@ def test_what_it_cannot_be_asked(dense):
 @pytest.fixture
 def harness():
     """scripts/harness.py as a module."""
-    spec = importlib.util.spec_from_file_location("harness", SCRIPTS / "harness.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("harness")
 
 
 @pytest.fixture

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from evaluation_cases import MODEL
 from flax import nnx
 
 import models.generate
-from models.config import ModelConfig
 from models.generate import generate
 from models.loading.mapping import save_mapping
 from models.transformer import Decoder
@@ -22,17 +22,6 @@ from train.evaluation.store import SAMPLES_FILE
 from train.evaluation.suite import Plan, Subject, run
 from train.tokenizer import ByteTokenizer
 
-MODEL = ModelConfig(
-    vocab_size=259,
-    layers=2,
-    model_width=16,
-    query_heads=2,
-    kv_heads=1,
-    head_width=8,
-    mlp_width=32,
-    attention=Dense(),
-    scan_layers=False,
-)
 PLAN = Plan(
     tasks=("passkey", "perplexity"),
     lengths=(320,),
