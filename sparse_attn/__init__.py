@@ -33,6 +33,7 @@ from sparse_attn.policies import (
     StreamingLLM,
     TokenSelect,
     calibrate_channels,
+    calibrate_ranges,
     policy_attention,
 )
 from sparse_attn.registry import (
@@ -95,6 +96,7 @@ __all__ = [
     "block_sparse_attention",
     "build_mechanism",
     "calibrate_channels",
+    "calibrate_ranges",
     "dense_attention",
     "dsa_attention",
     "hash_attention",

@@ -1,6 +1,7 @@
 """The grid of sparse SmolLM2: what its rows say, and that equal settings mean equal budgets."""
 
 import argparse
+import dataclasses
 import importlib.util
 import json
 import sys
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from models.config import ModelConfig
+from sparse_attn import HashAttention
 from sparse_attn.types import HeadShape
 from train.evaluation.protocols import Inspection, Score
 
@@ -40,8 +42,13 @@ def test_policies_of_a_budget_attend_alike(grid, length):
         blocks = grid.policy_config("infllm_v2", share, length)
         # One block of sinks, two that cover the window, and the budget in whole blocks.
         assert 3 * 64 + share * length <= blocks.selected_blocks * 64 < 4 * 64 + share * length
-    labels = grid.double_sparsity(1 / 32)
-    assert labels.auxiliary_bits(SHAPE) == 2 * 96
+
+
+def test_labels_have_as_many_bits_as_codes(grid):
+    q, k = np.random.default_rng(0).standard_normal((2, 1, 50, 9, 64)).astype(np.float32)
+    labels = grid.double_sparsity(q, k[:, :, :3])
+    assert labels.auxiliary_bits(SHAPE) == HashAttention(bits=32).auxiliary_bits(SHAPE) == 96
+    assert dataclasses.replace(labels, ranges=()).auxiliary_bits(SHAPE) == 2 * 96
 
 
 def test_random_projections_hash_queries_and_keys_alike(grid):

@@ -1,6 +1,10 @@
 """Training-free baselines and oracles on the heads of a dense model; see docs/policies.md."""
 
-from sparse_attn.policies.double_sparsity import DoubleSparsity, calibrate_channels
+from sparse_attn.policies.double_sparsity import (
+    DoubleSparsity,
+    calibrate_channels,
+    calibrate_ranges,
+)
 from sparse_attn.policies.h2o import H2O
 from sparse_attn.policies.module import (
     Policy,
@@ -31,6 +35,7 @@ __all__ = [
     "StreamingLLM",
     "TokenSelect",
     "calibrate_channels",
+    "calibrate_ranges",
     "policy_attention",
     "register_policy",
 ]

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from sparse_attn.cache import write_rows
 from sparse_attn.documents import Rows
@@ -18,6 +18,7 @@ from sparse_attn.policies.scored import ScoredPolicy
 from sparse_attn.types import HeadShape
 
 Channels = tuple[tuple[int, ...], ...]
+Ranges = tuple[tuple[tuple[float, float], ...], ...]
 
 
 @register_policy("double_sparsity")
@@ -29,16 +30,20 @@ class DoubleSparsity(ScoredPolicy):
     :func:`calibrate_channels`. Empty: ``width`` channels spread evenly over the head, the same for
     all heads. The labels of a key are kept apart, ``label_bits`` bits each, rounded between the
     smallest and largest label of the key and head as the paper's 4-bit labels are; ``None`` keeps
-    them as they are. The paper chooses channels per query head; here the heads of a group share
+    them as they are. ``ranges`` has a (low, high) for every one of ``channels``, best from
+    :func:`calibrate_ranges`: labels are then rounded between those, and no key has to keep a range
+    of its own. The paper chooses channels per query head; here the heads of a group share
     them, because the labels are stored once per kv head.
 
     Raises:
-      ValueError: on channels that repeat, are negative or differ in number, or on sizes below 1.
+      ValueError: on channels that repeat, are negative or differ in number, on ranges that do not
+        fit them, or on sizes below 1.
     """
 
     channels: Channels = ()
     width: int = 16
     label_bits: int | None = None
+    ranges: Ranges = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,6 +58,16 @@ class DoubleSparsity(ScoredPolicy):
         for head in self.channels:
             if len(set(head)) != len(head) or min(head) < 0:
                 raise ValueError(f"channels={self.channels}: {head} must be different and >= 0")
+        if not self.ranges:
+            return
+        if self.label_bits is None:
+            raise ValueError("ranges are what labels are rounded between; give label_bits too")
+        have, want = [len(head) for head in self.ranges], [len(head) for head in self.channels]
+        if have != want or not all(low < high for head in self.ranges for low, high in head):
+            raise ValueError(
+                f"ranges={self.ranges} must have a (low, high), low < high, for every channel of "
+                f"every kv head: {want} of them"
+            )
 
     def check(self, shape: HeadShape) -> None:
         """Raise ``ValueError`` if the channels do not fit the heads."""
@@ -101,7 +116,8 @@ class DoubleSparsity(ScoredPolicy):
         new = jnp.take_along_axis(k, at, axis=1)
         labels = jnp.take_along_axis(new, channels[None, None], axis=3)
         if self.label_bits is not None:
-            labels = rounded(labels, self.label_bits)
+            ends = jnp.asarray(self.ranges, labels.dtype) if self.ranges else None
+            labels = rounded(labels, self.label_bits, ends)
         kept = write_rows(state["labels"], labels, rows.index, rows.valid)
         view = {"keys": transposed(kept.astype(k.dtype)), "channels": channels}
         return {"labels": kept}, view
@@ -115,11 +131,12 @@ class DoubleSparsity(ScoredPolicy):
         return logits(labels, view["keys"], queries.q.shape[-1] ** -0.5)
 
     def auxiliary_bits(self, shape: HeadShape, element_bits: int = 16) -> float:
-        """The labels; quantised ones with two numbers for their range."""
+        """The labels; quantised ones with two numbers for the range of their own, if they have."""
         r = len(self.channels[0]) if self.channels else self.width
         if self.label_bits is None:
             return shape.kv_heads * r * element_bits
-        return shape.kv_heads * (r * self.label_bits + 2 * element_bits)
+        own = 0 if self.ranges else 2 * element_bits
+        return shape.kv_heads * (r * self.label_bits + own)
 
     @staticmethod
     def tiny() -> tuple[DoubleSparsity, ...]:
@@ -127,10 +144,20 @@ class DoubleSparsity(ScoredPolicy):
         return (DoubleSparsity(width=4, budget=5, sinks=2, recent=4),)
 
 
-def rounded(labels: Float[Array, "*rest r"], bits: int) -> Float[Array, "*rest r"]:
-    """Each row of labels on 2^bits levels between its least and greatest one."""
-    low = jnp.min(labels, axis=-1, keepdims=True)
-    step = (jnp.max(labels, axis=-1, keepdims=True) - low) / (2**bits - 1)
+def rounded(
+    labels: Float[Array, "*rest K r"], bits: int, ends: Float[Array, "K r 2"] | None = None
+) -> Float[Array, "*rest K r"]:
+    """Labels on 2^bits levels: from low to high of ``ends``, which clip them; where there are none,
+    from the least to the greatest label of each head and key.
+    """
+    if ends is None:
+        low = jnp.min(labels, axis=-1, keepdims=True)
+        high = jnp.max(labels, axis=-1, keepdims=True)
+    else:
+        ends = ends.reshape(*(1,) * (labels.ndim - 2), *ends.shape)
+        low, high = ends[..., 0], ends[..., 1]
+        labels = jnp.clip(labels, low, high)
+    step = (high - low) / (2**bits - 1)
     return low + step * jnp.round((labels - low) / jnp.where(step > 0, step, 1.0))
 
 
@@ -167,3 +194,48 @@ def calibrate_channels(
     strength = np.asarray(jax.device_get(jnp.sum(product, axis=(0, 1))))
     best = np.sort(np.argsort(-strength, axis=1, kind="stable")[:, :width], axis=1)
     return tuple(tuple(int(channel) for channel in head) for head in best)
+
+
+def calibrate_ranges(
+    k: Float[Array, "B T K H"],
+    channels: Channels,
+    bits: int,
+    *,
+    valid: Bool[Array, "B T"] | None = None,
+) -> Ranges:
+    """Where 2^bits evenly spaced levels leave labels the least squared error, if they are normal.
+
+    Args:
+      k: rotated keys of calibration text.
+      channels: of :func:`calibrate_channels`.
+      bits: 1 to 8, of a label.
+      valid: tokens that count; all if not given.
+
+    Returns:
+      (mean - c std, mean + c std) of every channel, for ``DoubleSparsity(ranges=...)``; c is the
+      outermost of the best uniform quantiser's levels (Max 1960, table II). Runs outside ``jit``.
+
+    Raises:
+      ValueError: on other numbers of bits.
+    """
+    if bits not in _OUTERMOST:
+        raise ValueError(f"{bits=} must be one of {sorted(_OUTERMOST)}")
+    flat = np.asarray(jax.device_get(k), np.float64).reshape(-1, *k.shape[2:])
+    if valid is not None:
+        flat = flat[np.asarray(jax.device_get(valid)).reshape(-1)]
+    found = []
+    for head, picked in enumerate(channels):
+        labels = flat[:, head, list(picked)]
+        middle, reach = labels.mean(axis=0), _OUTERMOST[bits] * labels.std(axis=0)
+        found.append(tuple(zip((middle - reach).tolist(), (middle + reach).tolist(), strict=True)))
+    return tuple(found)
+
+
+# Half the distance between the outermost of 2^bits levels, in standard deviations: that between
+# neighbours is 1.596, 0.9957, 0.5860, 0.3352, 0.1881, 0.1041, 0.0569, 0.0308.
+_OUTERMOST = {
+    bits: step * (2**bits - 1) / 2
+    for bits, step in enumerate(
+        (1.596, 0.9957, 0.5860, 0.3352, 0.1881, 0.1041, 0.0569, 0.0308), start=1
+    )
+}

@@ -29,6 +29,7 @@ from sparse_attn import (
     TokenSelect,
     build_mechanism,
     calibrate_channels,
+    calibrate_ranges,
     dense_attention,
     policy_attention,
 )
@@ -182,6 +183,9 @@ def double_sparsity(config, q, k):
             labels = k[: t + 1, n // G][:, picked]
             if config.label_bits is not None:
                 low, high = labels.min(axis=1, keepdims=True), labels.max(axis=1, keepdims=True)
+                if config.ranges:
+                    low, high = np.array(config.ranges[n // G]).T
+                    labels = np.clip(labels, low, high)
                 step = (high - low) / (2**config.label_bits - 1)
                 labels = low + step * np.round((labels - low) / step)
             rows.append(labels @ q[t, n][picked] / np.sqrt(H))
@@ -245,6 +249,16 @@ CASES = {
     "labels": (DoubleSparsity(width=3, budget=4, **ENDS), double_sparsity),
     "labels-4-bit": (
         DoubleSparsity(channels=((0, 3, 5), (7, 1, 2)), label_bits=4, budget=0.2, **ENDS),
+        double_sparsity,
+    ),
+    "ranged_labels": (
+        DoubleSparsity(
+            channels=((0, 3), (7, 1)),
+            label_bits=4,
+            ranges=(((-1.0, 1.5), (-2.0, 2.0)), ((-1.5, 1.0), (-0.5, 2.5))),
+            budget=0.2,
+            **ENDS,
+        ),
         double_sparsity,
     ),
     "h2o": (H2O(budget=(0, 0.25), sinks=1, recent=2), h2o),
@@ -436,6 +450,27 @@ def test_calibration_finds_the_strong_channels():
         calibrate_channels(jnp.asarray(q), jnp.asarray(k), 9)
 
 
+def test_calibrated_ranges_lose_the_least_of_normal_labels():
+    k = np.random.default_rng(2).standard_normal((1, 4000, K, H)).astype(np.float32) * 3 + 1
+    channels = ((0, 1),) * K
+
+    def lost(ranges, bits):
+        ends = jnp.asarray(ranges, jnp.float32)
+        labels = jnp.asarray(k[..., :2])
+        return float(jnp.mean((rounded(labels, bits, ends) - labels) ** 2)) / 9
+
+    # Distortions of the best uniform quantisers of a unit normal (Max 1960, table II).
+    for bits, least in ((1, 0.3634), (2, 0.1188), (4, 0.01154)):
+        ranges = calibrate_ranges(jnp.asarray(k), channels, bits)
+        found = lost(ranges, bits)
+        assert found == pytest.approx(least, rel=0.1)
+        for factor in (0.8, 1.25):
+            scaled = (np.array(ranges) - 1) * factor + 1
+            assert lost(scaled, bits) > found
+    with pytest.raises(ValueError, match="bits=9"):
+        calibrate_ranges(jnp.asarray(k), channels, 9)
+
+
 def test_rounded_labels_are_within_half_a_step():
     labels = np.random.default_rng(1).standard_normal((5, 7)).astype(np.float32)
     step = (labels.max(1) - labels.min(1)) / 15
@@ -541,6 +576,9 @@ def test_density_counts_what_rows_attend():
         (lambda: DoubleSparsity(label_bits=9), "label_bits=9"),
         (lambda: DoubleSparsity(channels=((1, 2), (1,))), "as many channels"),
         (lambda: DoubleSparsity(channels=((1, 1),)), "different"),
+        (lambda: DoubleSparsity(channels=((1,),), ranges=(((0, 1),),)), "label_bits"),
+        (lambda: DoubleSparsity(channels=((1,),), label_bits=2, ranges=(((1, 0),),)), "low < high"),
+        (lambda: DoubleSparsity(label_bits=2, ranges=(((0, 1),),)), "for every channel"),
         (lambda: H2O(recent=0), "recent=0"),
         (lambda: SnapKV(recent=4), "recent=4"),
         (lambda: SnapKV(budget=0), "budget=0"),
@@ -585,6 +623,8 @@ def test_what_selectors_keep_and_read():
     assert Quest().selector_flops(shape, 1600) == 4 * 8 * 64 * 100
     assert DoubleSparsity().auxiliary_bits(shape) == 2 * 16 * 16
     assert DoubleSparsity(label_bits=4).auxiliary_bits(shape) == 2 * (16 * 4 + 32)
+    fixed = DoubleSparsity(channels=((1,), (2,)), label_bits=4, ranges=(((0.0, 1.0),),) * 2)
+    assert fixed.auxiliary_bits(shape) == 2 * 4
     assert DoubleSparsity().selector_flops(shape, 100) == 2 * 8 * 16 * 100
     assert OracleTopK().auxiliary_bits(shape) == 0
     assert OracleTopK().selector_bytes(shape, 100) == 2 * 64 * 2 * 100
