@@ -65,6 +65,8 @@ class Arguments:
     """float32 or bfloat16, of weights and activations; by default what the model is."""
     prefill_chunk: int = 2048
     """Prompt tokens of one call."""
+    dense_prompt: bool = False
+    """Read the prompt by dense attention; only what is generated is sparse."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -121,6 +123,7 @@ def run(arguments: Arguments) -> None:
         seed=arguments.seed,
         on_text=show,
         prefill_chunk=arguments.prefill_chunk,
+        dense_prompt=arguments.dense_prompt,
     )
     seconds, waited = time.perf_counter() - begun, (first or begun) - begun
     print("" if one else "\n\n".join(f"[{number}] {t}" for number, t in enumerate(texts)))

@@ -10,7 +10,8 @@ seconds of the prompt (ours without compiling, which one unmeasured prompt pays 
 
 Sides: "dense" and the mechanisms of ``--attention``, float32, layer 0 dense, through the program of
 ``python -m models.generate``; HashAttention's maps are drawn at random unless there is a
-``--mapping``, which changes no speed. "transformers": the same weights in float32 with its
+``--mapping``, which changes no speed; with ``--dense-prompts`` they read the prompt by dense
+attention. "transformers": the same weights in float32 with its
 scaled-dot-product attention. "llama.cpp": the package's own 4-bit file, by xllamacpp. The peers'
 environment needs torch, transformers and xllamacpp; a side that cannot run is a row with its
 ``error``.
@@ -19,6 +20,7 @@ environment needs torch, transformers and xllamacpp; a side that cannot run is a
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -126,6 +128,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--lengths", type=numbers, default=(1024, 4096, 8192), help="tokens of the prompt: T,T,...")
     add("--attention", nargs="*", default=[HASH], help="mechanisms, NAME:FIELD=VALUE,...")
     add("--mapping", default="", help="a mapping file: one more side")
+    add("--dense-prompts", action="store_true", help="sparse sides read the prompt densely")
     add("--model", default=MODEL, help="as models.load takes it; llama.cpp needs its GGUF file")
     add("--steps", type=int, default=16, help="tokens of a turn")
     add("--turns", type=int, default=5)
@@ -181,7 +184,8 @@ def measure(options: argparse.Namespace, length: int, folder: Path) -> list[dict
         made.append(("mapping", lambda: attending(dense, file.configured(dense.config), file)))
     tokens = options.steps * options.turns + 1
     sides = [
-        Side(name, length, lambda make=make: ours(make(), prompt, tokens)) for name, make in made
+        Side(name, length, lambda make=make: ours(make(), prompt, tokens, options.dense_prompts))
+        for name, make in made
     ]
     if options.peer_python:
         exported = folder / "exported"
@@ -205,7 +209,7 @@ def measure(options: argparse.Namespace, length: int, folder: Path) -> list[dict
                 kind = "cpu_tokens_per_second" if name == "cpu_seconds" else "tokens_per_second"
                 side.row[kind] = options.steps / statistics.median(known)
         side.row |= {"steps": options.steps, "turns": len(side.times), "threads": options.threads}
-        side.row["device"] = processor()
+        side.row |= {"dense_prompts": options.dense_prompts, "device": processor()}
         if side.turn is not None and hasattr(side.turn, "close"):
             side.turn.close()
     return [side.row for side in sides]
@@ -242,18 +246,23 @@ def sparse(dense: Any, text: str) -> Any:
     return upcycle(split(dense)[1], dense.config, target, rngs=nnx.Rngs(0)).unstacked()
 
 
-def ours(decoder: Any, prompt: list[int], tokens: int) -> tuple[dict[str, Any], Any]:
+def ours(
+    decoder: Any, prompt: list[int], tokens: int, dense_prompt: bool
+) -> tuple[dict[str, Any], Any]:
     """A stream of tokens after the prompt, and what pulls some of them."""
     import jax
 
     from models.generate import Sampling, stream
 
     # One token beyond compiles decoding too; the caches of the second stream have the same shapes.
-    warm = stream(decoder, [prompt], tokens, Sampling())
+    begin = functools.partial(
+        stream, decoder, [prompt], tokens, Sampling(), dense_prompt=dense_prompt
+    )
+    warm = begin()
     next(warm), next(warm)
     del warm
     begun = time.perf_counter()
-    running = stream(decoder, [prompt], tokens, Sampling())
+    running = begin()
     next(running)
     first = {"seconds": time.perf_counter() - begun, "version": f"jax {jax.__version__}"}
 

@@ -13,6 +13,7 @@ from models.generate import Sampling, generate, sample, stream
 from models.transformer import Decoder, ModelConfig, split
 from sparse_attn.dense import Dense
 from sparse_attn.nsa import NSA
+from sparse_attn.policies import StreamingLLM
 
 V = 48
 DENSE = Dense(implementation="reference")
@@ -88,7 +89,7 @@ def test_stop_token_ends_its_prompt_alone(decoder, greedy):
 def test_other_prompts_of_a_batch_compile_nothing(decoder, greedy):
     graphdef = split(decoder)[0]
     programs = [
-        generation._prefill(graphdef),
+        generation._prefill(graphdef, "sparse"),
         generation._first(graphdef, Sampling()),
         generation._decode(graphdef, Sampling()),
     ]
@@ -171,6 +172,20 @@ def test_prefill_in_chunks_changes_no_token(decoder):
     assert generate(decoder, prompts, NEW, prefill_chunk=40) == whole
     with pytest.raises(ValueError, match="prefill_chunk=0"):
         generate(decoder, prompts, NEW, prefill_chunk=0)
+
+
+def test_a_prompt_read_densely_is_followed_by_sparse_tokens(plain):
+    prompt, few = PROMPTS[0], make(StreamingLLM(sinks=1, recent=2, implementation="reference"))
+    found = generate(few, [prompt], NEW, dense_prompt=True)[0]
+    caches = few.init_caches(1, 64)
+    output = few(jnp.asarray([prompt]), caches, attend="dense")
+    expected = []
+    for _ in range(NEW):
+        expected.append(int(jnp.argmax(output.logits[0, -1])))
+        output = few(jnp.asarray([expected[-1:]]), output.caches)
+    assert found == expected
+    assert found[0] == generate(plain, [prompt], 1)[0][0]
+    assert found != generate(few, [prompt], NEW)[0]
 
 
 def test_a_caller_can_end_a_prompt(plain):
