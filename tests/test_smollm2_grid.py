@@ -95,6 +95,25 @@ def test_rows_compare_the_same_samples(grid):
     assert set(promised.split()) <= set(hashed)
 
 
+def test_quality_is_drawn_against_bytes(grid, tmp_path):
+    records = [record("dense", i, 2.0 + i) for i in range(3)]
+    for policy, bytes_read in (("hash", 0.2), ("oracle", 0.6)):
+        records += [record(policy, i, 2.1 + i, density_bytes=bytes_read) for i in range(3)]
+    records += [{**r, "task": "niah_single_2", "value": 1.0} for r in records]
+    rows = grid.rows_of(records)
+    grid.plot(rows, tmp_path / "pictures" / "grid.png", (1024, 4096))
+    from matplotlib import pyplot
+
+    image = pyplot.imread(tmp_path / "pictures" / "grid.png")
+    assert image.shape[:2] == (720, 920)
+    hashed = next(row for row in rows if row["policy"] == "hash" and row["task"] == "nll")
+    figure, axis = pyplot.subplots()
+    grid.curve(axis, [hashed], 2)
+    line = axis.lines[0]
+    assert (line.get_xdata()[0], line.get_ydata()[0]) == (0.2, pytest.approx(0.1))
+    pyplot.close(figure)
+
+
 def test_densities_count_the_dense_layers(grid):
     layer = {"recall_beyond": 0.5, "captured_mass": 0.9, "density": 0.1, "bytes_density": 0.2}
     layers = ({}, *([layer] * 29))
