@@ -109,8 +109,8 @@ def test_quality_is_drawn_against_bytes(grid, tmp_path):
     hashed = next(row for row in rows if row["policy"] == "hash" and row["task"] == "nll")
     figure, axis = pyplot.subplots()
     grid.curve(axis, [hashed], 2)
-    line = axis.lines[0]
-    assert (line.get_xdata()[0], line.get_ydata()[0]) == (0.2, pytest.approx(0.1))
+    line = axis.containers[0].lines[0]
+    assert (line.get_xdata()[0], line.get_ydata()[0]) == pytest.approx((0.2, 0.1))
     pyplot.close(figure)
 
 
