@@ -13,8 +13,9 @@ HLO by the rule of ``collective_bytes.py``. Counted by hand: ``flops`` of a step
 the chip's bfloat16 peak and collective bytes at the chip's interconnect bandwidth: a bound to plan
 with, not a measurement; the compiler cannot see into kernels, and nothing ran.
 
-A step that does not compile for lack of memory is a row with the compiler's own need, where it
-states one. Finished rows are kept and not compiled again.
+``--optimization O1`` (the default) compiles in 40 % of the time of the compiler's own level ("")
+and may move more; each row says which it was. A step that does not compile for lack of memory is a
+row with the compiler's own need, where it states one. Finished rows are not compiled again.
 """
 
 from __future__ import annotations
@@ -96,11 +97,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--lengths", default=",".join(map(str, LENGTHS)))
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/pods.json"))
     parser.add_argument("--seconds", type=int, default=1800, help="of one compilation, at most")
+    parser.add_argument(
+        "--optimization", default="O1", help='compiler effort: O0 to O3, or "" for its own'
+    )
+    parser.add_argument("--markdown", type=Path, help="write the rows as a page's tables")
     parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.worker:
         model, mechanism, topology, length = options.worker
-        print(json.dumps(compile_step(model, mechanism, topology, int(length))))
+        level = options.optimization
+        print(json.dumps(compile_step(model, mechanism, topology, int(length), level)))
         return 0
     rows = json.loads(options.json.read_text()) if options.json.exists() else []
     for topology in options.topologies.split(","):
@@ -110,17 +116,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     wanted = (model, mechanism, topology, length)
                     if any(tuple(row[name] for name in KEY) == wanted for row in rows):
                         continue
-                    row = apart(wanted, options.seconds)
+                    row = apart(wanted, options.seconds, options.optimization)
                     rows.append(row)
                     rows.sort(key=order)
                     write(options.json, rows)
                     print(describe(row), flush=True)
+    if options.markdown:
+        options.markdown.write_text(page(options.markdown.read_text(), rows))
     return 1 if any(row["error"] and row["fits"] is None for row in rows) else 0
 
 
-def apart(wanted: tuple[str, str, str, int], seconds: int) -> dict[str, Any]:
+def apart(
+    wanted: tuple[str, str, str, int], seconds: int, optimization: str = "O1"
+) -> dict[str, Any]:
     """The row of one step, compiled by a process of its own: libtpu serves one topology each."""
-    command = [sys.executable, __file__, "--worker", *map(str, wanted)]
+    command = [sys.executable, __file__, "--optimization", optimization]
+    command += ["--worker", *map(str, wanted)]
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
@@ -143,9 +154,14 @@ def apart(wanted: tuple[str, str, str, int], seconds: int) -> dict[str, Any]:
     return row | {"compile_seconds": round(time.monotonic() - begun, 1)}
 
 
-def compile_step(model: str, mechanism: str, topology: str, length: int) -> dict[str, Any]:
+def compile_step(
+    model: str, mechanism: str, topology: str, length: int, optimization: str = "O1"
+) -> dict[str, Any]:
     """Compile one training step; see the module's docstring for the fields."""
     import jax
+
+    if optimization:
+        jax.config.update("jax_optimization_level", optimization)
 
     from kernels_pallas.ahead_of_time import tpu_topology
     from train.flops import token_flops
@@ -163,7 +179,8 @@ def compile_step(model: str, mechanism: str, topology: str, length: int) -> dict
     try:
         compiled = step.lower(shapes, abstract_batch(config, placement)).compile()
     except jax.errors.JaxRuntimeError as error:
-        return failed(model, mechanism, topology, length, str(error), chip) | {"flops": flops}
+        row = failed(model, mechanism, topology, length, str(error), chip)
+        return row | {"flops": flops, "optimization": optimization, "jax": jax.__version__}
     from collective_bytes import collective_bytes
 
     memory: Any = compiled.memory_analysis()
@@ -190,6 +207,7 @@ def compile_step(model: str, mechanism: str, topology: str, length: int) -> dict
         "bound_by": "FLOPs" if computing >= moving else "interconnect",
         "estimate_source": f"max(flops / ({UTILISATION} peak), collective_bytes / interconnect)",
         "error": "",
+        "optimization": optimization,
         "jax": jax.__version__,
     }
 
@@ -260,6 +278,39 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
     temporary = path.with_suffix(".partial")
     temporary.write_text(json.dumps(rows, indent=1) + "\n")
     temporary.replace(path)
+
+
+TABLE = ("<!-- table by scripts/compile_pod.py -->", "<!-- end of table -->")
+
+
+def page(text: str, rows: Sequence[dict[str, Any]]) -> str:
+    """``text`` with what is between the marks of :data:`TABLE` replaced by the rows.
+
+    Raises:
+      ValueError: if the marks are missing.
+    """
+    begin, end = TABLE
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(f"the page needs one line {begin!r} and one {end!r} around the table")
+    head = ("slice", "tokens", "model", "attention", "GB a chip", "fits", "TFLOP a chip")
+    head = (*head, "GB moved", "seconds, at least")
+    lines = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
+    for row in sorted(rows, key=order):
+        chip = CHIPS[row["topology"].partition("-")[0]]
+
+        def number(name: str, scale: float, digits: int, row: dict[str, Any] = row) -> str:
+            return "" if row[name] is None else f"{row[name] / scale:,.{digits}f}"
+
+        fits = {True: "yes", False: f"no, of {chip.memory / 1e9:.0f}", None: "not compiled"}
+        cells = (
+            *(row["topology"], f"{row['length'] // 1024}k", row["model"], row["mechanism"]),
+            *(number("bytes_per_chip", 1e9, 1), fits[row["fits"]], number("flops", 1e12, 0)),
+            *(number("collective_bytes", 1e9, 1), number("seconds_estimated", 1, 1)),
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    before, _, rest = text.partition(begin)
+    _, _, after = rest.partition(end)
+    return before + "\n".join([begin, "", *lines, "", end]) + after
 
 
 def describe(row: dict[str, Any]) -> str:

@@ -1,7 +1,10 @@
 """A small dense model for tests of evaluation, and scripts as modules."""
 
 import importlib.util
+import sys
 from pathlib import Path
+
+import pytest
 
 from models.config import ModelConfig
 from sparse_attn import Dense
@@ -24,5 +27,8 @@ def load_script(name):
     """``scripts/NAME.py`` as a module."""
     spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    # Dataclasses look their module up while they are made.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, name, module)
+        spec.loader.exec_module(module)
     return module

@@ -2,33 +2,24 @@
 
 import argparse
 import dataclasses
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from evaluation_cases import load_script
 
 from models.config import ModelConfig
 from sparse_attn import HashAttention
 from sparse_attn.types import HeadShape
 from train.evaluation.protocols import Inspection, Score
 
-SCRIPT = Path(__file__).parent.parent / "scripts" / "smollm2_grid.py"
 SHAPE = HeadShape(query_heads=9, kv_heads=3, head_width=64, value_width=64, model_width=576)
 
 
 @pytest.fixture(scope="module")
 def grid():
-    spec = importlib.util.spec_from_file_location("smollm2_grid", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    # Dataclasses look their module up while they are made.
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "smollm2_grid", module)
-        spec.loader.exec_module(module)
-    return module
+    return load_script("smollm2_grid")
 
 
 @pytest.mark.parametrize("length", [1024, 4096, 8192])

@@ -27,7 +27,9 @@ AXES = ("data", "fsdp", "sequence", "tensor")
 # (name pattern, places of the trailing axes); the first match wins, axes before them (stacked
 # layers, kv branches) are not split. What "fsdp" splits is split over "sequence" as well: the
 # devices of a sequence need every weight as much as those of a batch. Optimizer moments carry the
-# parameter's name, so the same rules place them.
+# parameter's name, so the same rules place them. "fsdp?" splits where the sizes divide, and leaves
+# the axis whole where they do not: the maps of mechanisms are of any size (NSA's compression of
+# blocks is a quarter of an 8B model's state on 64 chips if it is not split).
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"(^|/)embedding$", ("tensor", "fsdp")),
     (r"(^|/)unembedding$", ("fsdp", "tensor")),
@@ -36,6 +38,7 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"attention/o$", ("tensor", None, "fsdp")),
     (r"mlp/(gate|up)$", ("fsdp", "tensor")),
     (r"mlp/down$", ("tensor", "fsdp")),
+    (r"mechanism/.*w_(in|middle|out)$", ("fsdp?",)),
     (r"", ()),
 )
 
@@ -130,10 +133,14 @@ def tree_shardings(
         if len(axes) > leaf.ndim:
             raise ValueError(f"rule {pattern!r} places {len(axes)} axes, {name} has {leaf.shape}")
         first = leaf.ndim - len(axes)
-        places = [_mesh_axes(axis, mesh) for axis in axes]
-        for size, axis in zip(leaf.shape[first:], places, strict=True):
+        places = []
+        for size, wanted in zip(leaf.shape[first:], axes, strict=True):
+            axis = _mesh_axes(wanted and wanted.removesuffix("?"), mesh)
             parts = math.prod(mesh.shape[one] for one in axis)
-            if size % parts:
+            if wanted is not None and wanted.endswith("?") and size % parts:
+                axis = ()
+            places.append(axis)
+            if axis and size % parts:
                 raise ValueError(
                     f"{name} {leaf.shape}: an axis of {size} cannot be split over "
                     f"mesh.{'*'.join(axis)}={parts}; choose a size that divides it"

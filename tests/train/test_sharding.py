@@ -11,11 +11,13 @@ from rich.console import Console
 
 from configs.tiny import config as tiny
 from models.transformer import abstract
+from sparse_attn import NSA
 from train.config import MeshConfig, UserError
 from train.loop import plan
 from train.reporting import print_placement
 from train.sharding import (
     AXES,
+    RULES,
     abstract_with,
     check_divisible,
     describe_placement,
@@ -79,6 +81,20 @@ def test_rules_place_parameters_by_name():
     assert attention["k"].spec == PartitionSpec(None, None, "fsdp", "tensor", None)
     assert attention["o"].spec == PartitionSpec(None, "tensor", None, "fsdp")
     assert placed["final_norm"]["scale"].spec == PartitionSpec(None)
+
+
+def test_maps_of_mechanisms_are_split_where_they_divide():
+    model = dataclasses.replace(tiny.model, attention=NSA(), kv_heads=2)
+    params = abstract(model)[1]
+    for size, axes in ((2, "fsdp"), (3, None)):
+        placed = tree_shardings(
+            params["layers"]["0-1"]["attention"], abstract_mesh(fsdp=size), RULES[-2:]
+        )["mechanism"]
+        assert placed["compress_k"]["w_in"].spec == PartitionSpec(*(None,) * 4, axes)
+        assert placed["compress_k"]["b_in"].spec == PartitionSpec(*(None,) * 3)
+    split = abstract_mesh(fsdp=2, sequence=4)
+    place = tree_shardings(params, split)["layers"]["0-1"]["attention"]["mechanism"]
+    assert place["compress_v"]["w_in"].spec[-1] == ("fsdp", "sequence")
 
 
 def test_what_went_where_is_told_once_for_all_layers():
