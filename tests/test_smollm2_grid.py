@@ -11,7 +11,7 @@ from evaluation_cases import load_script
 
 from models.config import ModelConfig
 from sparse_attn import HashAttention
-from sparse_attn.types import HeadShape
+from sparse_attn.types import HeadShape, Selection
 from train.evaluation.protocols import Inspection, Score
 
 SHAPE = HeadShape(query_heads=9, kv_heads=3, head_width=64, value_width=64, model_width=576)
@@ -114,9 +114,28 @@ def test_densities_count_the_dense_layers(grid):
     assert got["value"] == 0
     assert got["answer_nats"] == 2
     assert got["density_bytes"] == pytest.approx((1 + 29 * 0.2) / 30)
-    assert (got["recall"], got["recall_retrieval"]) == (pytest.approx(0.5), 0.5)
+    assert got["recall"] == pytest.approx(0.5)
+    assert "recall_retrieval" not in got
     text = grid.record_of(grid.Cell("hash", "1/32", "B", "nll", 1024), 5, found)
     assert text["value"] == 2
+
+
+def test_recall_of_heads_counts_their_own_most_attended_keys(grid):
+    keys, heads = 200, ((1, 0), (1, 5), (0, 3))
+    weights = np.zeros((3, 2, keys))
+    # Sinks (0 to 15) and recent keys (from 135 and 136 on) do not count.
+    weights[:, :, :16] = weights[:, :, 136:] = 9
+    weights[:, :, 40:72] = 1
+    lists = -np.ones((2, 3, 40), np.int32)
+    lists[:, 0, :24] = 40 + np.arange(24)  # of the query heads 0 to 2
+    lists[1, 1, :32] = 40 + np.arange(32)  # of 3 to 5, in the last row only
+    by_token = Inspection(({},) * 2, np.arange(2), (None, Selection(jnp.asarray(lists), 1)))
+    assert grid.recall_of(weights[:1], by_token, heads[:1], 9) == 24 / 32
+    assert grid.recall_of(weights, by_token, heads, 9) == (24 / 32 + 0.5) / 2
+    assert grid.recall_of(weights[2:], by_token, heads[2:], 9) is None
+    blocks = Selection(jnp.asarray([[[3]]] * 2, jnp.int32), 16)  # keys 48 to 63
+    by_block = Inspection(({},) * 2, np.arange(2), (None, blocks))
+    assert grid.recall_of(weights[:2], by_block, heads[:2], 9) == 0.5
 
 
 def test_what_is_done_is_not_run_again(grid, tmp_path, monkeypatch):
