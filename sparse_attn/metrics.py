@@ -67,10 +67,19 @@ class SampledRows:
 def sampled_rows(
     q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], selection: Selection, rows: Rows
 ) -> SampledRows:
-    """What the figures of this module are made from: ``SAMPLED_ROWS`` rows, all heads."""
-    sampled = sample_rows(q.shape[1], SAMPLED_ROWS)
-    q, indices = q[:, sampled], selection.indices[:, sampled]
-    start, index, valid = rows.start[:, sampled], rows.index[:, sampled], rows.valid[:, sampled]
+    """What the figures of this module are made from: ``SAMPLED_ROWS`` rows, all heads, spread
+    evenly over the valid ones of each sequence; ``valid`` is False for those that it lacks.
+    """
+    count = min(SAMPLED_ROWS, q.shape[1])
+    # The i-th sampled row is the last of the first i / count valid ones, the last one included.
+    upto = jnp.arange(1, count + 1)[None] * jnp.sum(rows.valid, axis=1)[:, None] // count
+    valid = jnp.diff(upto, axis=1, prepend=0) > 0
+    places = jnp.argsort(~rows.valid, axis=1, stable=True)
+    sampled = jnp.take_along_axis(places, jnp.maximum(upto - 1, 0), axis=1)
+    q = jnp.take_along_axis(q, sampled[:, :, None, None], axis=1)
+    indices = jnp.take_along_axis(selection.indices, sampled[:, :, None, None], axis=1)
+    start = jnp.take_along_axis(rows.start, sampled, axis=1)
+    index = jnp.take_along_axis(rows.index, sampled, axis=1)
     p = dense_probabilities(q, k, start, index)
     B, r, K, G, S = p.shape
     member = selected_tokens(indices, selection.block_size, jnp.arange(S, dtype=jnp.int32))
