@@ -25,12 +25,16 @@ Channels = tuple[tuple[int, ...], ...]
 class DoubleSparsity(ScoredPolicy):
     """score[s] = sum over label channels d of q_d k_sd / sqrt(H), on rotated q and k.
 
-    ``channels``: a tuple of channel numbers for every kv head, all of one length, best from
-    :func:`calibrate_channels`. Empty: ``width`` channels spread evenly over the head, the same for
-    all heads. The labels of a key are kept apart, ``label_bits`` bits each, rounded between the
-    smallest and largest label of the key and head as the paper's 4-bit labels are; ``None`` keeps
-    them as they are. The paper chooses channels per query head; here the heads of a group share
-    them, because the labels are stored once per kv head.
+    The labels of a key are kept apart. The paper chooses channels per query head; here the heads of
+    a group share them, because the labels are stored once per kv head.
+
+    Attributes:
+      channels: channel numbers for every kv head, as many for each, best those that
+        calibrate_channels finds. Empty: ``width`` channels spread evenly over the head, the same
+        for all heads.
+      width: channels of a head where none are given.
+      label_bits: bits of a label, rounded between the smallest and largest label of the key and
+        head as the paper's 4-bit labels are; None keeps them as they are.
 
     Raises:
       ValueError: on channels that repeat, are negative or differ in number, or on sizes below 1.
