@@ -31,6 +31,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from readable_help import HelpFormatter
+
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
@@ -87,14 +89,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Compile what is missing, write the table; 0 unless a step fails for another reason than
     memory.
     """
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("--models", default=",".join(MODELS), help="sizes of the model")
+    parser.add_argument("--mechanisms", default=",".join(MECHANISMS), help="by name: NAME,NAME,...")
+    parser.add_argument(
+        "--topologies", default=",".join(TOPOLOGIES), help="pod slices: GENERATION-CHIPS"
     )
-    parser.add_argument("--models", default=",".join(MODELS))
-    parser.add_argument("--mechanisms", default=",".join(MECHANISMS))
-    parser.add_argument("--topologies", default=",".join(TOPOLOGIES))
-    parser.add_argument("--lengths", default=",".join(map(str, LENGTHS)))
-    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/pods.json"))
+    parser.add_argument(
+        "--lengths", default=",".join(map(str, LENGTHS)), help="tokens of a sequence: T,T,..."
+    )
+    parser.add_argument(
+        "--json",
+        type=Path,
+        default=Path("benchmarks/results/pods.json"),
+        help="table of rows; those that are there are kept",
+    )
     parser.add_argument("--seconds", type=int, default=1800, help="of one compilation, at most")
     parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
