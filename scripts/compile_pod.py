@@ -1,6 +1,6 @@
 """Whole training steps compiled for TPU pods that are not here: do they fit, and what do they move?
 
-    python scripts/compile_pod.py --json benchmarks/results/pods.json --markdown docs/pods.md
+    python scripts/compile_pod.py --json benchmarks/results/pods.json
     python scripts/compile_pod.py --models 8B --mechanisms nsa,dense --topologies v5p-64 \\
         --lengths 1048576 --json benchmarks/results/pods.json
 
