@@ -78,11 +78,12 @@ NOT_RUN = {
     "python scripts/compare_runs.py": "tests/train/evaluation/test_compare_runs.py runs it",
     "python scripts/roofline.py": "tests/kernels_pallas/test_roofline.py runs it",
     "python scripts/tune_tiles.py": "tests/kernels_pallas/test_tune_tiles.py runs it",
-    "git clone": "needs the place where the repository is kept",
-    "cd ": "changes the folder of a shell",
+    "mkdir": "makes a folder of the reader",
+    "python -m sparse-attn-train --tyro-": "tests/train/test_cli.py has bash read the script",
 }
-# Commands that run with `make test-full` only: a published model, or many devices.
-LONG = re.compile(r"smollm2|--mesh\.|scripts/smollm2_grid")
+# Commands that run with `make test-full` only: a published model, many devices, or longer than a
+# few seconds to compile (tests/train/test_evaluate.py and test_continue.py run the like).
+LONG = re.compile(r"smollm2|--mesh\.|train\.evaluate|attention routing|infllm_v2_long")
 
 # What is cut in Python: page, text, its replacement.
 SMALLER = [
@@ -154,6 +155,8 @@ def read(words, monkeypatch):
             from train.arguments import parse
             from train.recipes import flag_value
 
+            if arguments[:1] == ["--tyro-write-completion"]:
+                arguments[2] = "-"  # standard output
             recipe = flag_value(arguments, "--config", "a recipe")
             parse(arguments, recipe_of(recipe), recipe) if recipe else module.main(arguments)
         elif name.endswith("evaluate"):
@@ -194,7 +197,7 @@ def read(words, monkeypatch):
     elif words[0] == "python" and words[1].startswith("scripts/"):
         assert (ROOT / words[1]).exists(), words[1]
         parse_script(name, arguments, monkeypatch)
-    elif words[:3] == ["python", "-m", "venv"] or words[0] in ("cd", "git"):
+    elif words[:3] == ["python", "-m", "venv"] or words[0] == "mkdir":
         pass
     else:
         raise LookupError(f"no rule reads {' '.join(words)!r}")
@@ -360,10 +363,8 @@ def run_page(page, *, long):
 
 def test_the_commands_of_the_readme_run(workspace):
     run_page(ROOT / "README.md", long=False)
-    assert {path.name for path in (workspace / "runs").iterdir()} == {
-        *("quickstart", "mine", "routing", "quickstart-dense", "infllm-v2-long"),
-    }
-    assert (workspace / "runs" / "quickstart-dense" / "evaluation-quest.json").exists()
+    made = {path.name for path in (workspace / "runs").iterdir()}
+    assert made >= {"quickstart", "mine", "quickstart-dense"}
 
 
 @pytest.mark.full
@@ -460,5 +461,5 @@ def test_what_has_no_rule_is_refused(monkeypatch, tmp_path):
 def test_every_reason_not_to_run_a_command_is_needed():
     commands = [" ".join(normal(words)) + " " for page in PAGES for _, words in command_lines(page)]
     for start in NOT_RUN:
-        if start not in ("git clone", "cd ") and "--peer" not in start:
+        if "--peer" not in start:
             assert any(command.startswith(start) for command in commands), start
