@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -82,6 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = tyro.cli(Arguments, prog=program(PROGRAM, COMMAND, arguments), args=arguments)
     from train.recipes import UserError
 
+    # Orbax warns about every folder that it is asked to read without writing.
+    logging.getLogger("absl").setLevel(logging.ERROR)
     try:
         run(parsed)
     except (ValueError, FileNotFoundError, UserError) as error:
