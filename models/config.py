@@ -34,21 +34,36 @@ class Run:
 class ModelConfig:
     """A pre-norm decoder: RMSNorm, grouped-query attention with a chosen mechanism, SwiGLU.
 
-    ``dense_layers`` are the layer numbers that use plain dense attention instead of ``attention``;
-    ``attention_overrides`` are pairs (layer number, config) for layers with a mechanism, or just
-    budgets, of their own.
-    ``value_width`` None means ``head_width``. ``query_key_norm`` puts an RMSNorm on every query and
-    key head before rotation; ``qkv_bias`` adds biases to those three projections, 0 at first, or
-    drawn from N(0, ``qkv_bias_scale``^2): rotated biases attend by distance alone, which queries
-    and keys without them, all content, have to learn.
-    ``embedding_multiplier`` scales token embeddings on the way in (not as output weights),
-    ``residual_multiplier`` what each layer's attention and MLP add, ``logit_multiplier`` the final
-    hidden state before the unembedding (the three scales of muP as MiniCPM uses it).
-    ``scan_layers`` stacks alike consecutive layers and scans over them where no cache is given.
-    ``remat`` says what a backward pass keeps of a layer: "none" keeps everything, "full" only its
-    input, "selection" its input, the selections and what scored them (nothing selects twice),
-    "dots" the results of matrix products with weights as well. Activations are ``compute_dtype``,
-    parameters ``param_dtype``; norms, rotations, softmax and logits are at least float32.
+    Attributes:
+      vocab_size: rows of the embedding; at least the tokenizer's tokens.
+      layers: blocks of attention and MLP.
+      model_width: of the residual stream.
+      query_heads: of every layer.
+      kv_heads: of every layer; a divisor of ``query_heads``.
+      head_width: of queries and keys.
+      mlp_width: of SwiGLU's inner product.
+      attention: the mechanism of every layer that is not named below.
+      dense_layers: numbers of layers that use plain dense attention instead.
+      attention_overrides: pairs (layer number, config) for layers with a mechanism, or just
+        budgets, of their own.
+      rope: how queries and keys are rotated.
+      value_width: of values; None for ``head_width``.
+      norm_epsilon: added to the mean square in every RMSNorm.
+      query_key_norm: puts an RMSNorm on every query and key head before rotation.
+      qkv_bias: adds biases to queries, keys and values. Rotated biases attend by distance alone,
+        which queries and keys without them, all content, have to learn.
+      qkv_bias_scale: standard deviation of the biases at first; 0 starts them at 0.
+      tie_embeddings: the unembedding is the embedding.
+      embedding_multiplier: scales token embeddings on the way in, not as output weights (the first
+        of the three scales of muP as MiniCPM uses it).
+      residual_multiplier: scales what each layer's attention and MLP add.
+      logit_multiplier: scales the final hidden state before the unembedding.
+      scan_layers: stacks alike consecutive layers and scans over them where no cache is given.
+      remat: what a backward pass keeps of a layer: "none" keeps everything, "full" only its
+        input, "selection" also the selections and what scored them (nothing selects twice). The
+        last, "dots", keeps the results of matrix products with weights as well.
+      compute_dtype: of activations; norms, rotations, softmax and logits are at least float32.
+      param_dtype: of parameters.
 
     Raises:
       ValueError: on sizes below 1, heads that do not divide, an odd number of rotated dims, layer

@@ -15,19 +15,25 @@ from typing import Annotated
 
 import tyro
 
+from models.command_line import program
+
 PROGRAM = "python -m models.export_mapping"
+COMMAND = "sparse-attn-export-mapping"
 
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Which run, and where to."""
+    """Write what a run's mechanism learnt to select by as a small file of its own.
 
-    run: Annotated[str, tyro.conf.Positional]
-    """A run folder, best of the objective "selector"."""
+    Attributes:
+      run: a run folder, best of the objective "selector".
+      to: the file to write, for --mapping of python -m models.generate.
+      step: which checkpoint; the newest by default.
+    """
+
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_FOLDER")]
     to: Path = Path("mapping.safetensors")
-    """The file to write."""
     step: int | None = None
-    """Which checkpoint; the newest by default."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,10 +42,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Raises:
       SystemExit: by the parser, with status 2 for an unknown flag or value and 0 for ``--help``.
     """
-    parsed = tyro.cli(Arguments, prog=PROGRAM, args=arguments, description=__doc__)
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    parsed = tyro.cli(Arguments, prog=program(PROGRAM, COMMAND, arguments), args=arguments)
     from models.loading import save_mapping
     from train.checkpoint import load_decoder
-    from train.config import UserError
+    from train.recipes import UserError
 
     # Orbax warns about every folder that it is asked to read without writing.
     logging.getLogger("absl").setLevel(logging.ERROR)

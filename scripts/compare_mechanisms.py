@@ -32,6 +32,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from readable_help import HelpFormatter
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -85,16 +87,23 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     def numbers(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in names(text))
 
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n", 1)[0], formatter_class=HelpFormatter
+    )
     add = parser.add_argument
     add("--tasks", type=names, default=tuple(TASKS), help="of " + ",".join(TASKS))
-    add("--mechanisms", type=names, default=(*CORE, *OTHERS))
+    add("--mechanisms", type=names, default=(*CORE, *OTHERS), help="by name: NAME,NAME,...")
     add("--seeds", type=numbers, default=(0, 1, 2), help="the first one for non-core mechanisms")
     add("--steps", type=int, help="training steps, the same for all; default by task")
     add("--fit-steps", type=int, help="steps of fitting a selector to the dense model")
     add("--evaluated", type=int, default=EVALUATED, help="MQAR samples")
     add("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="runs side by side")
-    add("--json", type=Path, default=Path("runs/compare/mechanisms.json"))
+    add(
+        "--json",
+        type=Path,
+        default=Path("runs/compare/mechanisms.json"),
+        help="table of rows; those that are there are kept",
+    )
     add("--folder", type=Path, default=Path("runs/compare"), help="dense models are kept here")
     add("--worker", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)

@@ -1,6 +1,6 @@
 """Whole training steps compiled for TPU pods that are not here: do they fit, and what do they move?
 
-    python scripts/compile_pod.py --json benchmarks/results/pods.json --markdown docs/pods.md
+    python scripts/compile_pod.py --json benchmarks/results/pods.json
     python scripts/compile_pod.py --models 8B --mechanisms nsa,dense --topologies v5p-64 \\
         --lengths 1048576 --json benchmarks/results/pods.json
 
@@ -31,6 +31,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from readable_help import HelpFormatter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,14 +90,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Compile what is missing, write the table; 0 unless a step fails for another reason than
     memory.
     """
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("--models", default=",".join(MODELS), help="sizes of the model")
+    parser.add_argument("--mechanisms", default=",".join(MECHANISMS), help="by name: NAME,NAME,...")
+    parser.add_argument(
+        "--topologies", default=",".join(TOPOLOGIES), help="pod slices: GENERATION-CHIPS"
     )
-    parser.add_argument("--models", default=",".join(MODELS))
-    parser.add_argument("--mechanisms", default=",".join(MECHANISMS))
-    parser.add_argument("--topologies", default=",".join(TOPOLOGIES))
-    parser.add_argument("--lengths", default=",".join(map(str, LENGTHS)))
-    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/pods.json"))
+    parser.add_argument(
+        "--lengths", default=",".join(map(str, LENGTHS)), help="tokens of a sequence: T,T,..."
+    )
+    parser.add_argument(
+        "--json",
+        type=Path,
+        default=Path("benchmarks/results/pods.json"),
+        help="table of rows; those that are there are kept",
+    )
     parser.add_argument("--seconds", type=int, default=1800, help="of one compilation, at most")
     parser.add_argument(
         "--optimization", default="O1", help='compiler effort: O0 to O3, or "" for its own'

@@ -23,6 +23,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from readable_help import HelpFormatter
+
 from models.command_line import Arguments, open_model
 
 
@@ -56,7 +58,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     def numbers(text: str) -> list[int]:
         return [int(part) for part in names(text)]
 
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n", 1)[0], formatter_class=HelpFormatter
+    )
     add = parser.add_argument
     add("--model", required=True, help="as python -m models.generate takes it")
     add("--tasks", type=names, required=True, help="of the harness: NAME,NAME,...")

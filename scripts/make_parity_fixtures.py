@@ -22,9 +22,14 @@ import json
 from pathlib import Path
 
 import numpy as np
-import torch
-import transformers
+from readable_help import HelpFormatter
 from safetensors.numpy import load_file, save_file
+
+try:
+    import torch
+    import transformers
+except ImportError as error:
+    raise SystemExit(f"{error}; {__file__} says at its top which environment it needs") from error
 
 FIXTURES = Path(__file__).parent.parent / "tests" / "fixtures"
 LENGTH = 40
@@ -274,9 +279,7 @@ def size(folder: Path) -> int:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("what", choices=("families", "smollm2", "check"))
     parser.add_argument("folder", nargs="?", type=Path, help="of exported checkpoints, for check")
     arguments = parser.parse_args()

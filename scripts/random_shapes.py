@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from readable_help import HelpFormatter
 
 ROOT = Path(__file__).parent.parent
 OPS = ("ranged", "block_sparse", "block_scores", "hamming", "gather_decode")
@@ -90,9 +91,7 @@ def in_words(row: dict[str, Any]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run, print and write; 0 if shapes were interpreted and nothing failed."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--kernels", default=",".join(KERNELS), help="op_platform, ...")
     parser.add_argument("--json", type=Path, required=True, help="the rows")
     options = parser.parse_args(arguments)

@@ -23,6 +23,7 @@ from typing import Any, Literal
 import jax
 import kernel_calls
 from kernel_calls import Call, Implementation, Sizes
+from readable_help import HelpFormatter
 from roofline_counts import SHAPES, Count, count, union_of
 
 from kernels_pallas.ahead_of_time import TPU_CHIPS, compile_for_tpu
@@ -216,9 +217,7 @@ def put_into(page: str, tables: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Count, compile what is asked for, write the rows and the tables."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
     add("--json", type=Path, required=True, help="the rows; read first, then written")
     add("--markdown", type=Path, help="the page whose tables are replaced")

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array
+from readable_help import HelpFormatter
 
 from sparse_attn import Heads, HeadShape, Routing, build_mechanism
 from sparse_attn.types import no_rope
@@ -38,11 +39,13 @@ PREFIXES = 32
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--length", type=int, default=1024)
-    parser.add_argument("--clusters", type=int, default=8)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n", 1)[0], formatter_class=HelpFormatter
+    )
+    parser.add_argument("--length", type=int, default=1024, help="tokens of a sequence")
+    parser.add_argument("--clusters", type=int, default=8, help="of a head")
     parser.add_argument("--window", type=int, default=128, help="tokens of a cluster")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the tokens")
     parser.add_argument("--json", help="write the rows to this file")
     options = parser.parse_args(arguments)
     rows = [

@@ -41,6 +41,7 @@ from typing import Any
 import jax
 import numpy as np
 from jaxtyping import Float
+from readable_help import HelpFormatter
 
 import models
 from models.loading.mapping import MappingFile, model_sizes, read_mapping
@@ -137,18 +138,40 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     def names(text: str) -> tuple[str, ...]:
         return tuple(part for part in text.split(",") if part)
 
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n", 1)[0], formatter_class=HelpFormatter
+    )
     add = parser.add_argument
     add("--tasks", type=names, default=TASKS[:2], help="of " + ",".join(TASKS))
     add("--policies", type=names, default=POLICIES, help="of " + ",".join(POLICIES))
-    add("--lengths", type=lambda text: tuple(map(int, names(text))), default=(1024, 4096))
-    add("--budgets", type=names, default=("1/8", "1/16", "1/32"))
-    add("--protocols", type=names, default=("B",))
+    add(
+        "--lengths",
+        type=lambda text: tuple(map(int, names(text))),
+        default=(1024, 4096),
+        help="tokens of the tasks' samples: T,T,...",
+    )
+    add("--budgets", type=names, default=("1/8", "1/16", "1/32"), help="shares of the keys")
+    add(
+        "--protocols",
+        type=names,
+        default=("B",),
+        help="what is sparse: B the question and the answer, C everything",
+    )
     add("--samples", type=int, default=48, help="of every task and length")
     add("--first", type=int, default=0, help="number of the first sample")
     add("--inspected", type=int, default=4, help="samples whose selections are measured as well")
-    add("--mapping", type=Path, default=Path("runs/hash-smollm2/mapping.safetensors"))
-    add("--json", type=Path, default=Path("benchmarks/results/smollm2_sparse.json"))
+    add(
+        "--mapping",
+        type=Path,
+        default=Path("runs/hash-smollm2/mapping.safetensors"),
+        help="file of the fitted codes, for the policy hash",
+    )
+    add(
+        "--json",
+        type=Path,
+        default=Path("benchmarks/results/smollm2_sparse.json"),
+        help="table of rows; those that are there are kept",
+    )
     add("--plot", type=Path, help="draw quality against bytes into this file, for --lengths")
     add("--compiled", type=Path, default=Path("runs/compiled"), help="compiled programs")
     add("--minutes", type=float, default=math.inf, help="begin no sample after this time")

@@ -29,6 +29,7 @@ from typing import Any
 import jax
 import kernel_calls
 from kernel_calls import Call, Implementation, Sizes
+from readable_help import HelpFormatter
 from rich.console import Console
 from rich.table import Table
 
@@ -77,9 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
 
     def names(text: str) -> tuple[str, ...]:
         return tuple(part for part in text.split(",") if part)
@@ -89,13 +88,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
     add = parser.add_argument
     add("--ops", type=names, default=kernel_calls.OPS, help="of " + ",".join(kernel_calls.OPS))
-    add("--lengths", type=numbers, default=(32768, 131072))
-    add("--query-heads", type=int, default=Sizes.query_heads)
-    add("--kv-heads", type=int, default=Sizes.kv_heads)
-    add("--width", type=int, default=Sizes.width)
-    add("--dtype", default=Sizes.dtype)
-    add("--block", type=int, default=Sizes.block)
-    add("--repetitions", type=int, default=10)
+    add("--lengths", type=numbers, default=(32768, 131072), help="tokens of a sequence: T,T,...")
+    add("--query-heads", type=int, default=Sizes.query_heads, help="of every op")
+    add("--kv-heads", type=int, default=Sizes.kv_heads, help="of every op")
+    add("--width", type=int, default=Sizes.width, help="of a head")
+    add("--dtype", default=Sizes.dtype, help="of queries, keys and values")
+    add("--block", type=int, default=Sizes.block, help="tokens of a selected block")
+    add("--repetitions", type=int, default=10, help="timed calls of a candidate")
     add("--compile-only", choices=[*TPU_CHIPS, *GPU_CHIPS], help="a chip that need not be here")
     options = parser.parse_args(arguments)
     unknown = set(options.ops) - set(kernel_calls.OPS)

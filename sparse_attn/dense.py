@@ -22,6 +22,10 @@ from sparse_attn.types import Attend, Aux, Heads, HeadShape, Implementation
 class Dense(MechanismConfig):
     """Softmax attention over all earlier tokens of the document, or over the last ``window``.
 
+    Attributes:
+      window: latest tokens a row sees, its own included; None for all.
+      implementation: which backend runs it; "auto" takes the first that can.
+
     Raises:
       ValueError: if ``window`` is below 1.
     """

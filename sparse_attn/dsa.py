@@ -56,11 +56,15 @@ from sparse_attn.types import (
 class DSA(MechanismConfig):
     """Configuration of DeepSeek sparse attention.
 
-    ``selected_tokens`` (k) a row, of all heads; ``index_heads`` (Hi) and ``index_width`` (d) of the
-    indexer; ``index_rotary``: how many leading index dims turn, None for half of them.
-    ``indexer_loss`` weighs the KL loss over the selected set in sparse training (0: not computed,
-    the indexer then only learns by ``attend="fit"``); ``fit_rows``: rows a sequence on which a KL
-    loss is taken.
+    Attributes:
+      selected_tokens: tokens of a row, for all heads (k).
+      index_heads: heads of the indexer (Hi).
+      index_width: of an indexer's head (d).
+      index_rotary: how many leading index dims turn; None for half of them.
+      indexer_loss: weight of the KL loss over the selected set in sparse training; with 0 it is not
+        computed, and the indexer only learns by ``attend="fit"``.
+      fit_rows: rows a sequence on which a KL loss is taken.
+      implementation: which backend runs it; "auto" takes the first that can.
 
     Raises:
       ValueError: for values out of range.

@@ -47,23 +47,34 @@ from sparse_attn.types import Attend, Aux, Heads, HeadShape, Implementation, Sel
 class HashAttention(MechanismConfig):
     """Configuration of HashAttention. Lengths and budgets are in tokens.
 
-    Selection: ``budget`` keys beyond ``sinks`` and ``recent``, an int, or a fraction f of what the
-    row sees, k_t = ceil(f * (t + 1)) (a ratio with a denominator up to 16384 stands for f), or a
-    tuple of one such number for each list. ``share="kv"``: one list a kv head, for which the scores
-    of the group's query heads are summed; ``share="query"`` (paper): one list a query head.
+    Training is described in :mod:`sparse_attn.hash_training`.
 
-    Codes: ``bits`` b, a multiple of 8; ``mapping`` an MLP with two hidden layers of width
-    ``hidden``, or linear.
-
-    Training (see :mod:`sparse_attn.hash_training`): ``fit_rows`` rows a call, ``fit_top`` targets a
-    row; ``loss="bce"`` with positive weight ``positive_weight`` + ``positive_weight_per_token`` * T
-    (alpha + beta T), or ``"ranking"``, where a target counts with the attention it gets to the
-    power ``target_power`` (0: all alike); ``value_aware_target`` ranks targets by attention times
-    |v|.
-    The temperature falls from 1 to ``final_temperature`` within ``anneal_steps`` training steps
-    (0: stays at 1), which the module counts itself. ``balance`` weighs a penalty on bits that are
-    mostly set or mostly clear. ``joint_loss`` adds that many times the loss, on detached q, k and
-    v, to ``attend="sparse"`` without a cache, so that codes train along with the model.
+    Attributes:
+      bits: of a code (b), a multiple of 8.
+      mapping: makes codes by an MLP with two hidden layers, or a linear map.
+      hidden: width of the MLP's hidden layers.
+      share: "kv": one list a kv head, for which the scores of the group's query heads are summed.
+        The paper's is "query": one list a query head.
+      budget: keys beyond sinks and recent ones: a number, or a fraction f of what the row sees,
+        which is ceil(f * (t + 1)) (a ratio with a denominator up to 16384 stands for f), or one of
+        these for each list.
+      sinks: first keys of the document that every row attends.
+      recent: latest keys, the row's own included, that every row attends.
+      loss: "bce", or "ranking", where a target counts with a power of the attention it gets, see
+        target_power.
+      fit_rows: rows a call on which the loss is taken.
+      fit_top: targets a row: its most attended keys.
+      positive_weight: of targets in "bce" (alpha).
+      positive_weight_per_token: times T, is added to ``positive_weight`` (beta).
+      target_power: power of attention that weighs targets in "ranking"; 0: all alike.
+      value_aware_target: ranks targets by attention times |v|.
+      anneal_steps: the temperature falls from 1 to ``final_temperature`` within so many training
+        steps, which the module counts itself; 0: it stays at 1.
+      final_temperature: of the soft bits, after annealing.
+      balance: weight of a penalty on bits that are mostly set or mostly clear.
+      joint_loss: adds that many times the loss, on detached q, k and v, to ``attend="sparse"``
+        without a cache, so that codes train along with the model.
+      implementation: which backend runs it; "auto" takes the first that can.
 
     Raises:
       ValueError: on numbers that cannot hold.

@@ -45,16 +45,25 @@ from sparse_attn.types import Attend, Aux, Heads, HeadShape, Implementation
 class InfLLMV2(MechanismConfig):
     """Configuration of InfLLM-V2. Lengths are in tokens, counts in blocks.
 
-    ``selected_blocks`` includes the ``initial_blocks`` and the local ones that are forced; a tuple
-    gives one budget per kv head. Local are the last ceil(window / L) blocks, the row's own
-    included; ``cover_window`` adds one, so that they hold the last ``window`` tokens whatever the
-    row's place in its block (what the public kernel does).
-    ``lse``: which entries normalise a head's scores, ``"coarse"`` (C2) or ``"exact"`` (C1).
-    ``dense_len``: rows are dense below it, 0 for never. ``switch="row"``: row t is dense iff
-    t + 1 < dense_len. ``switch="sequence"``, for parity with published weights: all rows of a
-    document are dense iff it has fewer than dense_len tokens, those of this call included; then
-    rows of a prefill beyond dense_len differ from the same rows decoded while the document was
-    shorter.
+    Attributes:
+      compression_block: tokens of a fine entry (C1); at most ``selection_block``.
+      compression_stride: tokens between the beginnings of fine entries.
+      coarse_block: tokens of a coarse entry (C2), a multiple of ``coarse_stride``.
+      coarse_stride: tokens between the beginnings of coarse entries.
+      selection_block: tokens of a block that is selected as a whole (L).
+      selected_blocks: blocks of a row, the initial and local ones included; several numbers give
+        one budget per kv head.
+      initial_blocks: first blocks of the document that are always selected.
+      window: local are the last ceil(window / L) blocks, the row's own included.
+      cover_window: adds a local block, so that they hold the last ``window`` tokens whatever the
+        row's place in its block (what the public kernel does).
+      dense_len: rows are dense below it; 0 for never.
+      lse: which entries normalise a head's scores, "coarse" (C2) or "exact" (C1).
+      switch: "row": row t is dense iff t + 1 < dense_len. "sequence", for parity with published
+        weights: all rows of a document are dense iff it has fewer than dense_len tokens, those of
+        this call included; then rows of a prefill beyond dense_len differ from the same rows
+        decoded while the document was shorter.
+      implementation: which backend runs it; "auto" takes the first that can.
 
     Raises:
       ValueError: on sizes that do not divide or counts that cannot hold.

@@ -43,7 +43,10 @@ from sparse_attn.types import Attend, Aux, Heads, HeadShape, Implementation
 class MoBA(MechanismConfig):
     """Configuration of MoBA: blocks of ``selection_block`` tokens, each query head selects its own.
 
-    ``selected_blocks`` includes the row's own block; 1 is attention within the own block alone.
+    Attributes:
+      selection_block: tokens of a block.
+      selected_blocks: blocks of a row, its own included; 1 is attention within the own block alone.
+      implementation: which backend runs it; "auto" takes the first that can.
 
     Raises:
       ValueError: if either is below 1.

@@ -57,20 +57,28 @@ SelectorGradient = Literal["through_output", "none", "kl", "straight_through"]
 class NSA(MechanismConfig):
     """Configuration of Native Sparse Attention. Lengths are in tokens, counts in blocks.
 
-    ``selected_blocks`` (n) includes the ``initial_blocks`` and ``recent_blocks`` that are forced.
-    ``window`` (w) keys are visible to a row, its own included, in training and in decode.
-    ``shared_kv``: the three branches share one K/V set instead of having one each.
-    ``gates``: learned, or three constants for (compressed, selected, window).
-    ``mode="mean_pool"``: the simplified selector of a common Triton library: entries are means of
-    whole selection blocks, pooled after rotation (needs compression="mean" and l = d = L).
-
-    ``selector_gradient`` says what teaches the block ranking (index sets never carry gradient):
-    ``through_output`` (paper): q and K~ learn because p_cmp also makes o_cmp;
-    ``none``: neither does, only V~ learns from o_cmp;
-    ``kl``: phi_K learns from KL(pooled dense attention || block importance) on sampled rows, its
-    inputs detached; q is not trained by the selector;
-    ``straight_through``: as through_output, and every selected block is weighted by
-    1 + p - stop_gradient(p), p its importance within the group.
+    Attributes:
+      compression_block: tokens of a compressed entry (l); at most ``selection_block``.
+      compression_stride: tokens between the beginnings of entries (d).
+      selection_block: tokens of a block that is selected as a whole (L).
+      selected_blocks: blocks of a row (n), the initial and recent ones included.
+      initial_blocks: first blocks of the document that are always selected.
+      recent_blocks: latest blocks, the row's own included, that are always selected.
+      window: keys that the window branch of a row sees (w), its own included, in training and in
+        decode.
+      compression: how an entry is made of its tokens.
+      shared_kv: the three branches share one K/V set instead of having one each.
+      gates: learned, or three constants for compressed, selected and window branch.
+      selector_gradient: what teaches the block ranking (index sets never carry gradient). With
+        the paper's "through_output", q and K~ learn because p_cmp also makes o_cmp. "none": neither
+        does, only V~ learns from o_cmp. "kl": phi_K learns from KL(pooled dense attention || block
+        importance) on sampled rows, its inputs detached; q is not trained by the selector. Last,
+        with "straight_through", as through_output, every selected block is weighted by 1 + p -
+        stop_gradient(p), where p is its importance within the group.
+      mode: "paper", or "mean_pool", the simplified selector of a common Triton library: entries are
+        means of whole selection blocks, pooled after rotation (needs compression="mean" and l = d =
+        L).
+      implementation: which backend runs it; "auto" takes the first that can.
 
     Raises:
       ValueError: on sizes that do not divide or counts that cannot hold.

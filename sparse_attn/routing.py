@@ -76,19 +76,24 @@ RoutingMode = Literal["causal", "paper"]
 class Routing(MechanismConfig):
     """Configuration of routing attention. Lengths are in tokens.
 
-    ``clusters`` (C, about the square root of the context) and ``cluster_window`` (w): the members
-    of its cluster that a query attends. ``local_window`` (W) tokens, the row's own included, and
-    the document's first ``sinks`` tokens are attended by every head. ``routing_heads``: the first
-    that many kv heads (with their query heads) route, the others are local only; None: all route.
-
     ``mode="paper"`` balances clusters over the whole sequence and is not causal: its routing heads
-    attend neither sinks nor the local window, and have no bias. ``shared_qk`` then puts
-    sqrt(H) q / |q| in place of both q and k, as in the paper's decoder; otherwise q and k are
-    routed and attended as they are.
+    attend neither sinks nor the local window, and have no bias.
 
-    ``decay`` of the centroids a training step; ``balance_rate``: what the bias of a cluster moves a
-    step; ``reseed_after``: steps without keys after which a centroid is placed anew;
-    ``commitment``: weight beta of the commitment loss.
+    Attributes:
+      clusters: of a routing head (C), about the square root of the context.
+      cluster_window: members of its cluster that a query attends (w).
+      local_window: latest tokens, the row's own included, that every head attends (W).
+      sinks: first tokens of the document that every head attends.
+      routing_heads: the first that many kv heads (with their query heads) route, the others are
+        local only; None: all route.
+      mode: "causal", or "paper", which is not causal.
+      shared_qk: in paper mode, sqrt(H) q / |q| takes the place of both q and k, as in the paper's
+        decoder; otherwise q and k are routed and attended as they are.
+      decay: of the centroids a training step.
+      balance_rate: what the bias of a cluster moves a training step.
+      reseed_after: training steps without keys after which a centroid is placed anew.
+      commitment: weight of the commitment loss (beta).
+      implementation: which backend runs it; "auto" takes the first that can.
 
     Raises:
       ValueError: for values out of range.

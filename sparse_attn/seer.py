@@ -55,11 +55,16 @@ from sparse_attn.types import Attend, Aux, Heads, HeadShape, Implementation, Rop
 class Seer(MechanismConfig):
     """Configuration of SeerAttention. Lengths are in tokens.
 
-    Either ``selected_tokens``, a budget in whole blocks that includes the row's own, or
-    ``threshold``: other blocks are attended from this probability of the gate on, of which there
-    can be 1 / threshold at most.
-    ``fit_rows``: query rows a sequence, evenly spread, on which the gate is fitted. ``joint``: the
-    fit loss is part of ``attend="sparse"`` training, too.
+    Either ``selected_tokens`` or ``threshold`` says how much is attended; the other is None.
+
+    Attributes:
+      selection_block: tokens of a block.
+      selected_tokens: a budget in whole blocks that includes the row's own.
+      threshold: other blocks are attended from this probability of the gate on, of which there can
+        be 1 / threshold at most.
+      fit_rows: query rows a sequence, evenly spread, on which the gate is fitted.
+      joint: the fit loss is part of ``attend="sparse"`` training, too.
+      implementation: which backend runs it; "auto" takes the first that can.
 
     Raises:
       ValueError: on a budget that is no whole number of blocks, a threshold outside (0, 1], both

@@ -71,10 +71,11 @@ def test_constraints_cover_and_satisfy_the_dependencies():
     }
     described = project()
     extras = described["optional-dependencies"]
-    for line in described["dependencies"] + extras["dev"] + extras["harness"]:
+    wanted = described["dependencies"] + extras["dev"]
+    for line in wanted:  # grows
         requirement = Requirement(line)
         if requirement.name == described["name"]:
-            assert requirement.extras == {"harness"}
+            wanted += [part for extra in requirement.extras for part in extras[extra]]
             continue
         name = re.sub(r"[-_.]+", "-", requirement.name).lower()
         assert pinned[name] in requirement.specifier, line
@@ -108,21 +109,6 @@ def test_documents_name_real_commands(document):
         r"(?:scripts|configs|docs|tests)/[\w/.-]+\w(?![\w<])", "\n".join(code_of(text))
     ):
         assert (ROOT / path).exists(), path
-
-
-def test_python_in_the_readme_runs():
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 2
-    names = {}
-    for block in blocks:
-        exec(block.replace("T, N, K, H = 1, 4096", "T, N, K, H = 1, 256"), names)
-    assert names["T"] == 256
-    for out in (names["out"], names["same_shape"]):
-        assert out.shape == names["q"].shape
-        assert bool(names["jnp"].isfinite(out).all())
-    # Row 70 sees keys 0..70: all of them, so this selection equals dense attention there.
-    difference = names["out"][:, 70] - names["same_shape"][:, 70]
-    assert float(abs(difference).max()) < 1e-5
 
 
 def code_of(markdown):
@@ -168,15 +154,12 @@ def test_set_up_explains_a_missing_python(tmp_path):
     assert not (tmp_path / "venv").exists()
 
 
-def test_importing_the_library_needs_no_training_libraries():
+def test_importing_the_library_needs_jax_and_flax_only():
+    """What takes long to import is imported where it is used, not by ``import sparse_attn``."""
     code = (
-        "import sys, sparse_attn; "
-        "print([m for m in ('orbax', 'grain', 'datasets', 'tyro', 'matplotlib',"
-        " 'sentencepiece', 'wandb') if m in sys.modules])"
+        "import sys, jax, flax.nnx; before = set(sys.modules); import sparse_attn; "
+        "print(*sorted({name.split('.')[0] for name in set(sys.modules) - before}))"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-    )
-    assert run.stdout.strip() == "[]", run.stderr
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    ours = {"sparse_attn", "kernels_pallas", "jax", "flax", "jaxtyping"}
+    assert set(run.stdout.split()) <= ours | sys.stdlib_module_names, run.stderr

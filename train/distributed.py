@@ -6,7 +6,6 @@ Every process runs the same program; JAX joins their devices to one mesh. The fi
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -16,38 +15,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from train.config import UserError
-
-
-@dataclasses.dataclass(frozen=True)
-class Processes:
-    """How this process finds the others.
-
-    Attributes:
-      coordinator: HOST:PORT that process 0 listens on; empty lets JAX find it (Slurm, Open MPI,
-        Cloud TPU, Kubernetes).
-      count: processes of the run; needed with a coordinator.
-      index: which of them this is, from 0; needed with a coordinator.
-
-    Raises:
-      ValueError: if a coordinator comes without a count and an index in range.
-    """
-
-    coordinator: str = ""
-    count: int = 0
-    index: int = -1
-
-    def __post_init__(self) -> None:
-        if not self.coordinator:
-            if self.count or self.index != -1:
-                raise ValueError(
-                    f"count={self.count} and index={self.index} need a coordinator, HOST:PORT of "
-                    "process 0; leave all three out to let JAX find the other processes"
-                )
-        elif self.count < 1 or not 0 <= self.index < self.count:
-            raise ValueError(
-                f"coordinator={self.coordinator} needs the count of processes and the index of "
-                f"this one below it, not count={self.count} and index={self.index}"
-            )
+from train.options import Processes
 
 
 def join(processes: Processes) -> None:

@@ -25,8 +25,10 @@ import tyro
 from rich.console import Console
 from rich.markup import escape
 
+from models.command_line import program
 from sparse_attn import POLICIES, Dense, MechanismConfig, parse_mechanism
 from train.config import (
+    CONFIG_FILE,
     TOKENIZER_FOLDER,
     ConfigError,
     RunConfig,
@@ -36,46 +38,59 @@ from train.config import (
     load_run_config,
 )
 from train.evaluation.report import Report
+from train.recipes import flag_value
 
 if TYPE_CHECKING:
     from train.evaluation.protocols import Protocol
     from train.evaluation.suite import Subject
 
 PROGRAM = "python -m train.evaluate"
+COMMAND = "sparse-attn-evaluate"
 BOUND = ("model.", "tokenizer.", "data.")
 """Settings that the trained weights depend on: the recipe must agree with the run about them."""
 FREE = ("data.cache_dir", "data.prefetch", "model.remat", "model.scan_layers")
 
 
 @dataclasses.dataclass(frozen=True)
-class Arguments:
-    """Score a trained run on held-out text. Fields of its configuration can be changed by flags."""
+class Options:
+    """Score a trained run on held-out text.
+
+    Attributes:
+      config: the recipe it was trained with, by name or path; without it, the configuration saved
+        in the run folder.
+      checkpoint: the run folder; by default the one that the recipe names.
+      policy: attend by a training-free policy instead, NAME or NAME:FIELD=VALUE,...; for models
+        with one K/V branch.
+      tasks: ask these tasks instead of scoring windows, NAME,NAME,...: perplexity, recall, those of
+        RULER (see docs/evaluation.md). Without a trained run, the model that the recipe starts from
+        is asked.
+      lengths: tokens of the tasks' samples, as 1024,4096.
+      samples: of every task and length.
+      policies: columns of the report: dense, own, NAME:FIELD=VALUE,..., mapping:FILE; by default
+        dense, and own if that is another.
+      budgets: tried by every policy that has one: keys or shares of them, as 1/8,1/32 or 64,256.
+      protocols: what is sparse, one after another, as A,B,C: A the answer, B the question and the
+        answer, C everything.
+      scored: last tokens of a text that perplexity scores.
+    """
+
+    config: Path | None = None
+    checkpoint: Path | None = None
+    policy: str = ""
+    tasks: str = ""
+    lengths: str = "1024"
+    samples: int = 16
+    policies: tuple[str, ...] = ()
+    budgets: str = ""
+    protocols: str = "B"
+    scored: int = 512
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arguments(Options):
+    """Score a trained run, with the fields of its configuration."""
 
     run: Annotated[RunConfig, tyro.conf.arg(name="")]
-    config: Path | None = None
-    """The recipe it was trained with; without it, the configuration saved in the run folder."""
-    checkpoint: Path | None = None
-    """The run folder; by default the one that the recipe names."""
-    policy: str = ""
-    """Attend by a training-free policy instead, `NAME` or `NAME:FIELD=VALUE,...`; for models with
-    one K/V branch."""
-    tasks: str = ""
-    """Ask these tasks instead of scoring windows, NAME,NAME,...: RULER's, recall, perplexity (see
-    docs/evaluation.md). Without a trained run the model that the recipe starts from is asked."""
-    lengths: str = "1024"
-    """Tokens of the tasks' samples: T,T,..."""
-    samples: int = 16
-    """Of every task and length."""
-    policies: tuple[str, ...] = ()
-    """Columns of the report: dense, own, `NAME:FIELD=VALUE,...`, `mapping:FILE`; by default dense,
-    and own if that is another."""
-    budgets: str = ""
-    """Tried by every policy that has one: keys or shares of them, as 1/8,1/32 or 64,256."""
-    protocols: str = "B"
-    """What is sparse, one after another, as A,B,C: A the answer, B the question and the answer,
-    C everything."""
-    scored: int = 512
-    """Last tokens of a text that perplexity scores."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -107,20 +122,40 @@ def parse(arguments: Sequence[str]) -> Arguments:
         fields do not fit each other.
       SystemExit: on unknown flags (with a suggestion) or values that do not parse.
     """
-    recipe, run_dir = _value(arguments, "--config"), _value(arguments, "--checkpoint")
+    recipe = flag_value(arguments, "--config", "the name or path of a recipe, e.g. quickstart")
+    run_dir = flag_value(arguments, "--checkpoint", "a run folder, e.g. runs/quickstart")
+    described = "the recipe" if recipe else "the run"
+    if recipe is None and run_dir is None and arguments[:1] and arguments[0].startswith("--tyro-"):
+        recipe = "quickstart"  # whose flags are completed
     if recipe is not None:
-        run = load_recipe(recipe)
+        run, named = load_recipe(recipe), f"--config {recipe}"
     elif run_dir is not None:
-        run = load_run_config(_existing(Path(run_dir)))
+        run, named = load_run_config(_existing(Path(run_dir))), f"--checkpoint {run_dir}"
+    elif {"-h", "--help"} & set(arguments):
+        tyro.cli(  # prints it and ends
+            Options,
+            prog=PROGRAM,
+            args=["--help"],
+            description=(
+                "Score a trained run on held-out text, or ask it tasks. The fields of the run's "
+                "configuration are flags, too: --checkpoint RUN_FOLDER --help lists them."
+            ),
+        )
     else:
+        runs = sorted(str(path.parent) for path in Path("runs").glob(f"*/{CONFIG_FILE}"))
+        here = f"there are {', '.join(runs)}" if runs else "there is none in runs/ yet, train one"
         raise ConfigError(
-            f"nothing to evaluate: {PROGRAM} --config RECIPE [--checkpoint RUN_FOLDER], "
-            "e.g. --config configs/quickstart.py --checkpoint runs/quickstart"
+            f"nothing to evaluate: name a run folder with --checkpoint ({here}), or its recipe "
+            f"with --config; {PROGRAM} --help says more"
         )
     try:
         return tyro.cli(
             Arguments,
-            prog=PROGRAM,
+            prog=program(f"{PROGRAM} {named}", COMMAND, arguments),
+            description=(
+                f"Score a trained run on held-out text, or ask it tasks. The fields of {described} "
+                "can be changed by flags."
+            ),
             args=list(arguments),
             default=Arguments(run=run),
             config=(tyro.conf.AvoidSubcommands,),
@@ -296,7 +331,7 @@ def ask(arguments: Arguments, console: Console) -> Path:
         own = ("dense", OWN) if trained and config.model.attention != Dense() else ("dense",)
         plan = Plan(
             tasks=_names(arguments.tasks),
-            lengths=tuple(int(length) for length in _names(arguments.lengths)),
+            lengths=tuple(_length(text) for text in _names(arguments.lengths)),
             samples=arguments.samples,
             policies=arguments.policies or own,
             budgets=tuple(_budget(text) for text in _names(arguments.budgets)),
@@ -350,11 +385,20 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
+def _length(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError as error:
+        raise ValueError(f"--lengths {text!r} is no number of tokens; e.g. 1024,4096") from error
+
+
 def _budget(text: str) -> int | float:
     try:
         value = Fraction(text)
     except (ValueError, ZeroDivisionError) as error:
-        raise ValueError(f"--budgets {text!r} is no number of keys and no share of them") from error
+        raise ValueError(
+            f"--budgets {text!r} is no number of keys and no share of them; e.g. 64,256 or 1/8,1/32"
+        ) from error
     return int(value) if value.denominator == 1 else float(value)
 
 
@@ -404,17 +448,6 @@ def _existing(run_dir: Path) -> Path:
             "name another with --checkpoint"
         )
     return run_dir
-
-
-def _value(arguments: Sequence[str], flag: str) -> str | None:
-    for index, argument in enumerate(arguments):
-        if argument.startswith(f"{flag}="):
-            return argument.removeprefix(f"{flag}=")
-        if argument == flag:
-            if index + 1 == len(arguments):
-                raise ConfigError(f"{flag} needs a path")
-            return arguments[index + 1]
-    return None
 
 
 def _timed[T](seconds: dict[str, float], part: str, call: Callable[[], T]) -> T:

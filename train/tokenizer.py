@@ -37,11 +37,17 @@ TokenizerKind = Literal["sentencepiece", "bytes", "published"]
 class TokenizerConfig:
     """How text becomes tokens.
 
-    ``kind``: ``"sentencepiece"`` learns ``vocab_size`` pieces from the training split;
-    ``"bytes"`` needs no training and always has 259 ids (``vocab_size`` is ignored);
-    ``"published"`` is the one that comes with the published model a run starts from.
-    ``algorithm``: sentencepiece's unigram or bpe. ``training_bytes``: at most about this much text
-    (lines spread evenly over the split) is shown to the trainer; it bounds the training time.
+    Attributes:
+      kind: "sentencepiece" learns ``vocab_size`` pieces from the training split; "bytes" needs no
+        training and always has 259 ids (``vocab_size`` is ignored); "published" is the one that
+        comes with the published model a run starts from.
+      vocab_size: pieces that sentencepiece learns.
+      algorithm: of sentencepiece, unigram or bpe.
+      training_bytes: at most about this much text (lines spread evenly over the split) is shown to
+        the trainer; it bounds the training time.
+
+    Raises:
+      ValueError: if a name is unknown or a size out of range.
     """
 
     kind: TokenizerKind = "sentencepiece"

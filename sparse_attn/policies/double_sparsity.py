@@ -26,14 +26,18 @@ Ranges = tuple[tuple[tuple[float, float], ...], ...]
 class DoubleSparsity(ScoredPolicy):
     """score[s] = sum over label channels d of q_d k_sd / sqrt(H), on rotated q and k.
 
-    ``channels``: a tuple of channel numbers for every kv head, all of one length, best from
-    :func:`calibrate_channels`. Empty: ``width`` channels spread evenly over the head, the same for
-    all heads. The labels of a key are kept apart, ``label_bits`` bits each, rounded between the
-    smallest and largest label of the key and head as the paper's 4-bit labels are; ``None`` keeps
-    them as they are. ``ranges`` has a (low, high) for every one of ``channels``, best from
-    :func:`calibrate_ranges`: labels are then rounded between those, and no key has to keep a range
-    of its own. The paper chooses channels per query head; here the heads of a group share
-    them, because the labels are stored once per kv head.
+    The labels of a key are kept apart. The paper chooses channels per query head; here the heads of
+    a group share them, because the labels are stored once per kv head.
+
+    Attributes:
+      channels: channel numbers for every kv head, as many for each, best those that
+        calibrate_channels finds. Empty: ``width`` channels spread evenly over the head, the same
+        for all heads.
+      width: channels of a head where none are given.
+      label_bits: bits of a label, rounded between the smallest and largest label of the key and
+        head as the paper's 4-bit labels are; None keeps them as they are.
+      ranges: (low, high) of every one of ``channels``, best those that calibrate_ranges finds;
+        labels are then rounded between them, and no key keeps a range of its own.
 
     Raises:
       ValueError: on channels that repeat, are negative or differ in number, on ranges that do not

@@ -45,9 +45,12 @@ State = dict[str, Array]
 
 @dataclasses.dataclass(frozen=True)
 class Policy(MechanismConfig):
-    """Base of all policies: ``sinks`` first and ``recent`` last keys of the document are attended.
+    """Base of all policies: first and latest keys of the document are always attended.
 
-    ``recent`` counts the row's own token.
+    Attributes:
+      sinks: first keys of the document that every row attends.
+      recent: latest keys, the row's own included, that every row attends.
+      implementation: which backend runs it; "auto" takes the first that can.
 
     Raises:
       ValueError: on negative counts.
@@ -159,8 +162,9 @@ class Policy(MechanismConfig):
 class BudgetedPolicy(Policy):
     """A policy that attends up to ``budget`` keys beyond the sinks and the recent keys.
 
-    ``budget``: a count of keys (int), a share f of the keys seen so far (float): ceil(f * (t + 1)),
-    or a tuple with one of either for every list.
+    Attributes:
+      budget: a count of keys (an int), a share f of the keys seen so far (a float), which is
+        ceil(f * (t + 1)), or one of either for every list.
 
     Raises:
       ValueError: on negative counts, or shares outside (0, 1].

@@ -41,9 +41,13 @@ class OracleTopK(ExactScores, ScoredPolicy):
 class OracleTopP(ExactScores, Policy):
     """The fewest keys that, with sinks and recent keys, hold ``mass`` of the softmax.
 
-    ``mass``: in (0, 1], one number or one per list; 1 takes every key. How many keys that needs is
-    up to the row. ``share`` as in :class:`sparse_attn.policies.scored.ScoredPolicy`; a shared list
-    holds ``mass`` of the mean of the heads' probabilities. Of equal keys the more recent one wins.
+    How many keys that needs is up to the row. Of equal keys the more recent one wins.
+
+    Attributes:
+      mass: share of the softmax in (0, 1], one number or one per list; 1 takes every key.
+      share: a list for every query head ("query"), for every group of query heads that share a kv
+        head ("group"), or one for all ("layer"); a shared list holds ``mass`` of the mean of the
+        heads' probabilities.
 
     Raises:
       ValueError: on a mass outside (0, 1] or an unknown ``share``.

@@ -38,6 +38,9 @@ class Quest(ScoredPolicy):
     the document. Defaults of the common fields are ours; the paper has neither sinks nor a window
     and keeps the first two layers dense.
 
+    Attributes:
+      page: keys of a page.
+
     Raises:
       ValueError: on a page below one key.
     """

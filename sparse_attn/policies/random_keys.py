@@ -23,6 +23,9 @@ class RandomKeys(ScoredPolicy):
     inside the document: nothing else decides, so prefill equals decode. Layers draw different keys
     only with different seeds (``ModelConfig.attention_overrides``).
 
+    Attributes:
+      seed: of the hash.
+
     Raises:
       ValueError: on a seed that is no unsigned 32-bit number.
     """

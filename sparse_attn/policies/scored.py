@@ -39,9 +39,12 @@ def shared_lists(share: Share, query_heads: int, kv_heads: int) -> int:
 class ScoredPolicy(BudgetedPolicy):
     """The ``budget`` best keys by a score, beside the sinks and the recent keys.
 
-    ``share``: a list for every query head (``"query"``), for every group of query heads that share
-    a kv head (``"group"``), or one for all (``"layer"``). Shared lists rank by the sum of the
-    heads' softmax probabilities of their scores. Of equal scores the more recent key wins.
+    Of equal scores the more recent key wins.
+
+    Attributes:
+      share: a list for every query head ("query"), for every group of query heads that share a kv
+        head ("group"), or one for all ("layer"). Shared lists rank by the sum of the heads' softmax
+        probabilities of their scores.
 
     Raises:
       ValueError: on an unknown ``share``, and as the fields of the base do.

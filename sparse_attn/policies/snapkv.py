@@ -39,8 +39,13 @@ class SnapKV(Policy):
     (``attend="dense"``) decoding sees the prompt compressed by its last whole window, which may end
     up to ``every`` - 1 tokens before the prompt does. No key is dropped from the cache.
 
-    ``recent`` is the observation window and what followed it; the field of that name is unused and
-    must stay 0. ``alignment`` is ``every``.
+    Attributes:
+      recent: unused, must stay 0: the observation window and what followed it are attended.
+      budget: keys that a window keeps.
+      observation: queries of a window.
+      every: tokens between the ends of windows; documents are aligned to it.
+      pool: how the weights of neighbouring keys are pooled.
+      pool_width: neighbouring keys that are pooled; odd.
 
     Raises:
       ValueError: on sizes below 1, an even pooling width, or a window longer than ``every``.

@@ -94,8 +94,11 @@ class StreamingLLM(Policy):
 class Duo(Policy):
     """Streaming heads beside full ones, as DuoAttention (arXiv 2410.10819) serves a model.
 
-    The kv heads in ``streaming_heads`` see sinks and window, the others every token. The paper
-    finds them by training a gate per kv head; here they are given.
+    Streaming heads see sinks and window, the others every token. The paper finds them by training a
+    gate per kv head; here they are given.
+
+    Attributes:
+      streaming_heads: numbers of the kv heads that stream.
 
     Raises:
       ValueError: on repeated or negative kv heads, or an empty window.

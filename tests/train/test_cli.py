@@ -9,9 +9,21 @@ import pytest
 
 import train.evaluate
 from train.__main__ import main
+from train.recipes import list_recipes
 
 ROOT = Path(__file__).parents[2]
 TINY = ["--config", str(ROOT / "configs" / "tiny.py")]
+HEAVY = (
+    "jax",
+    "flax",
+    "numpy",
+    "optax",
+    "orbax",
+    "grain",
+    "datasets",
+    "matplotlib",
+    "transformers",
+)
 DENSE = ["--model.attention", "dense", "--model.layers", "1"]
 
 
@@ -35,13 +47,66 @@ def failure(arguments, capsys):
     return " ".join(captured.err.split())
 
 
-def test_without_arguments_it_lists_the_recipes(capsys, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    assert main([]) == 0
-    said = " ".join(capsys.readouterr().err.split())
-    assert "configs/quickstart.py" in said
-    assert "configs/tiny.py A model of a few thousand parameters" in said
-    assert main(["--steps", "3"]) == 2
+@pytest.mark.parametrize("arguments", [[], ["--help"]])
+def test_without_a_recipe_it_lists_them_with_their_promises(
+    capsys, monkeypatch, tmp_path, arguments
+):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    for recipe in list_recipes():
+        assert recipe.expected.startswith("Expected on "), recipe.path
+        assert f"{recipe.name} {recipe.summary} {recipe.expected}" in said
+    assert "--config quickstart --help" in said
+    assert ("--resume-with-changes" in said) == bool(arguments)
+
+
+def test_without_a_recipe_flags_are_refused(capsys):
+    assert "--config is missing; give it a recipe: hash_smollm2" in failure(
+        ["--steps", "3"], capsys
+    )
+
+
+def test_listing_the_recipes_and_help_import_neither_jax_nor_data_libraries():
+    code = (
+        "import sys; from train.__main__ import main; main(sys.argv[1:]); "
+        f"print([m for m in {HEAVY} if m in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--help"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.stderr.strip() == "[]"
+
+
+@pytest.mark.parametrize("flag", ["--tyro-print-completion", "--tyro-write-completion"])
+def test_completion_of_the_installed_command(flag, capsys, tmp_path):
+    """The script is sourced by bash, which then completes a flag and its choices."""
+    target = [str(tmp_path / "script")] if flag == "--tyro-write-completion" else []
+    with pytest.raises(SystemExit) as stop:
+        main([flag, "bash", *target])
+    assert not stop.value.code
+    if not target:
+        (tmp_path / "script").write_text(capsys.readouterr().out)
+    for typed, completed in (
+        ("--model.attention.selected-b", "--model.attention.selected-blocks"),
+        ("--optimizer.schedule ws", "wsd"),
+    ):
+        words = ["sparse-attn-train", *typed.split()]
+        done = subprocess.run(
+            [
+                *("bash", "-c"),
+                f"source {tmp_path}/script; COMP_WORDS=({' '.join(words)}); "
+                f"COMP_CWORD={len(words) - 1}; _tyro_sparse_attn_train; echo ${{COMPREPLY[@]}}; "
+                "complete -p sparse-attn-train",
+            ],
+            env={"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.stdout.splitlines() == [
+            completed,
+            "complete -F _tyro_sparse_attn_train sparse-attn-train",
+        ], done.stderr
 
 
 def test_help_shows_fields_and_defaults(capsys):
@@ -85,8 +150,10 @@ def test_mistakes_are_told_without_a_traceback(capsys, tmp_path):
     assert "sequence_length=60 is not a multiple of 8" in message
     message = failure([*TINY, "--model.vocab-size", "9"], capsys)
     assert "model.vocab_size=9 is smaller than the 259 tokens" in message
-    assert "there is no recipe" in failure(["--config", "configs/quikstart.py"], capsys)
-    assert "needs the path of a recipe" in failure(["--config"], capsys)
+    message = failure(["--config", "configs/quikstart.py"], capsys)
+    assert "--config configs/quikstart.py: there is no such file" in message
+    assert "did you mean --config quickstart?" in message
+    assert "needs the name or path of a recipe" in failure(["--config"], capsys)
     assert "known: dense, " in failure([*TINY, "--model.attention", "lsh"], capsys)
     missing = [*TINY, "--data.source", str(tmp_path / "none"), "--run-dir", str(tmp_path / "run")]
     assert "matches no .txt, .jsonl or .parquet file" in failure(missing, capsys)

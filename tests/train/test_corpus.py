@@ -156,6 +156,20 @@ def test_bad_records_are_skipped_and_counted(tmp_path, caplog):
     assert "4 unreadable documents skipped, the first: a.jsonl:2 is not JSON" in caplog.text
 
 
+@pytest.mark.parametrize(("suffix", "codec"), [("gz", "gzip"), ("bz2", "bz2"), ("zst", "zstd")])
+def test_compressed_files(tmp_path, suffix, codec, caplog):
+    for name, text in {"a.jsonl": '{"text": "äöü"}\n{"text": "two"}', "b.txt": "three"}.items():
+        with pyarrow.output_stream(str(tmp_path / f"{name}.{suffix}"), compression=codec) as file:
+            file.write(text.encode())
+    _write(tmp_path, {f"c.md.{suffix}": "x", f"d.parquet.{suffix}": "x"})  # nothing that is read
+    documents = load_documents(str(tmp_path))
+    assert documents["name"][:] == [f"a.jsonl.{suffix}:1", f"a.jsonl.{suffix}:2", f"b.txt.{suffix}"]
+    assert documents["text"][:] == ["äöü", "two", "three"]
+    _write(tmp_path, {f"b.txt.{suffix}": "plain"})
+    assert len(load_documents(str(tmp_path))) == 2
+    assert f"b.txt.{suffix} is no readable {codec} file" in caplog.text
+
+
 def test_parquet_files(tmp_path):
     rows = [{"text": "one", "year": 7, "name": "n"}, {"text": None}, {"text": "three"}]
     table = pyarrow.Table.from_pylist(

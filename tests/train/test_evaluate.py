@@ -271,7 +271,7 @@ def test_density_counts_every_layer(config):
     ("arguments", "message"),
     [
         ([], "nothing to evaluate"),
-        (["--checkpoint"], "needs a path"),
+        (["--checkpoint"], "needs a run folder"),
         (["--checkpoint", "runs/nowhere"], "no run folder"),
         (["--config", "configs/nothing.py"], "nothing.py"),
         (["--config", "configs/tiny.py", "--tasks", "perplexity"], "no run folder"),

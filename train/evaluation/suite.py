@@ -125,7 +125,13 @@ class Plan:
                 digest = hashlib.sha256(path.read_bytes()).hexdigest()
                 policy = f"{MAPPING}{path.name}@{digest[:8]}"
             else:
-                attention = parse_mechanism(policy, MECHANISMS | POLICIES)
+                try:
+                    attention = parse_mechanism(policy, MECHANISMS | POLICIES)
+                except ValueError as error:
+                    raise ValueError(
+                        f"policies={self.policies}: {error}; beside those, {DENSE}, {OWN} and "
+                        f"{MAPPING}FILE"
+                    ) from error
             if not self.budgets or not hasattr(attention, "budget"):
                 yield Column(policy, getattr(attention, "budget", None), attention, mapping)
                 continue
