@@ -54,7 +54,7 @@ from train.evaluation.evidence import listed_keys
 LENGTH = 256
 LAYER, HEAD = 18, 6
 FIT_ROWS, FIT_BATCH, FIT_STEPS = 16, 4, 120
-PACKED = (96, 112)  # tokens of two documents in a row; the rest is padding
+PACKED = (80, 144)  # tokens of two documents in a row; the rest is padding
 
 CONFIGS: dict[str, MechanismConfig] = {
     "dense": Dense(window=64),
@@ -339,19 +339,18 @@ def draw_grid(looks: dict[str, Look], dense: Look | None, file: Path) -> None:
         panels.append(("dense attention (log)", lambda axes: draw_weights(axes, dense)))
     for name, look in looks.items():
         panels.append((TITLES[name], lambda axes, look=look: draw_reasons(axes, look)))
-    columns = 3 if len(panels) > 4 else 2
+    columns, side = (3, 256) if len(panels) > 4 else (2, 512)
     lines = -(-len(panels) // columns)
-    width, height = 1240, 70 + lines * (1240 // columns)
+    cell, foot = side + 62, 60
+    width, height = columns * cell + 8, lines * cell + foot
     figure = plt.figure(figsize=(width / 100, height / 100), dpi=100)
-    side = width // columns - 62
     for number, (title, draw) in enumerate(panels):
         line, column = divmod(number, columns)
-        left = 46 + column * (width // columns)
-        top = 40 + line * (width // columns)
-        at = (left / width, 1 - (top + side) / height, side / width, side / height)
+        left, bottom = 50 + column * cell, height - 32 - line * cell - side
+        at = (left / width, bottom / height, side / width, side / height)
         axes = figure.add_axes(at)
         draw(axes)
-        axes.set_title(title, fontsize=15)
+        axes.set_title(title, fontsize=13)
     legend(figure, list(looks.values()))
     save(figure, file)
 
@@ -397,7 +396,7 @@ def legend(figure: Any, looks: Sequence[Look]) -> None:
 
     used = [reason for reason in MEANINGS if any((look.reasons == reason).any() for look in looks)]
     patches = [Patch(facecolor=COLOURS[r], edgecolor="#888888", label=MEANINGS[r]) for r in used]
-    figure.legend(handles=patches, loc="lower center", ncols=len(used), fontsize=14, frameon=False)
+    XX
 
 
 def save(figure: Any, file: Path) -> None:
@@ -408,7 +407,7 @@ def save(figure: Any, file: Path) -> None:
     figure.canvas.draw()
     pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3]
     plt.close(figure)
-    image = Image.fromarray(np.ascontiguousarray(pixels)).quantize(32)
+    image = Image.fromarray(np.ascontiguousarray(pixels)).quantize(24)
     image.save(file, optimize=True)
 
 
