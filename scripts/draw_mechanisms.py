@@ -249,7 +249,13 @@ def attended(
       RuntimeError: if a key has weight without a reason to be attended.
     """
     config = module.config
-    out, _, aux = module(heads, segment_ids=segment_ids, inspect=True)
+
+    @jax.jit
+    def call(q: Array, k: Array, v: Array, x: Array) -> Any:
+        arrays = Heads(q=q, k=k, v=v, x=x, rope=heads.rope)
+        return module(arrays, segment_ids=segment_ids, inspect=True)[::2]
+
+    out, aux = call(heads.q, heads.k, heads.v, heads.x)
     weights = np.asarray(out[0, :, HEAD], np.float64)
     rows = place_rows(
         *heads.q.shape[:2],
@@ -391,12 +397,13 @@ def ticks(axes: Any, look: Look) -> None:
 
 
 def legend(figure: Any, looks: Sequence[Look]) -> None:
-    """The colours that occur, in one line at the bottom."""
+    """The colours that occur, at the bottom."""
     from matplotlib.patches import Patch
 
     used = [reason for reason in MEANINGS if any((look.reasons == reason).any() for look in looks)]
     patches = [Patch(facecolor=COLOURS[r], edgecolor="#888888", label=MEANINGS[r]) for r in used]
-    XX
+    columns = len(used) if len(used) < 6 else 3
+    figure.legend(handles=patches, loc="lower center", ncols=columns, fontsize=13, frameon=False)
 
 
 def save(figure: Any, file: Path) -> None:

@@ -4,7 +4,8 @@ As a hook of mkdocs: pages of the repository's top level join the site, and link
 to other files outside docs/ lead somewhere in the repository but nowhere in the site, where they
 become plain text.
 
-As an extension of griffe: reStructuredText in docstrings, roles and literal blocks, becomes Markdown.
+As an extension of griffe: roles and literal blocks of reStructuredText in docstrings become
+Markdown.
 """
 
 from __future__ import annotations
@@ -60,6 +61,6 @@ class Markdown(griffe.Extension):
 
 
 def as_markdown(text: str) -> str:
-    """Roles become code, ``::`` at the end of a paragraph a colon (indented text is code anyway)."""
+    """Roles become code, ``::`` at the end of a paragraph a colon; indented text is code anyway."""
     text = ROLE.sub(r"`\1`", text)
     return re.sub(r"::(?=\n\n)", ":", text)
