@@ -143,9 +143,13 @@ def test_pictures_are_there_and_light():
     ("name", "changes"),
     [
         ("nsa", {}),
-        ("infllm_v2", {"dense_len": 40, "selected_blocks": 4}),
         ("hash_attention", {"budget": 5, "recent": 7}),
-        ("routing", {"clusters": 2, "cluster_window": 6, "local_window": 8}),
+        pytest.param("infllm_v2", {"dense_len": 40, "selected_blocks": 4}, marks=pytest.mark.full),
+        pytest.param(
+            "routing",
+            {"clusters": 2, "cluster_window": 6, "local_window": 8},
+            marks=pytest.mark.full,
+        ),
     ],
 )
 def test_pictures_show_every_key_that_has_weight_and_no_other(name, changes, monkeypatch):
