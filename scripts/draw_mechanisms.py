@@ -272,13 +272,14 @@ def attended(
       RuntimeError: if a key has weight without a reason to be attended.
     """
     config = module.config
+    graphdef, state = nnx.split(module)
 
     @jax.jit
-    def call(q: Array, k: Array, v: Array, x: Array) -> Any:
+    def call(state: Any, q: Array, k: Array, v: Array, x: Array) -> Any:
         arrays = Heads(q=q, k=k, v=v, x=x, rope=heads.rope)
-        return module(arrays, segment_ids=segment_ids, inspect=True)[::2]
+        return nnx.merge(graphdef, state)(arrays, segment_ids=segment_ids, inspect=True)[::2]
 
-    out, aux = call(heads.q, heads.k, heads.v, heads.x)
+    out, aux = call(state, heads.q, heads.k, heads.v, heads.x)
     weights = np.asarray(out[0, :, HEAD], np.float64)
     rows = place_rows(
         *heads.q.shape[:2],
