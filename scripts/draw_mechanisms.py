@@ -371,7 +371,7 @@ def draw_grid(looks: dict[str, Look], dense: Look | None, file: Path) -> None:
         panels.append((TITLES[name], lambda axes, look=look: draw_reasons(axes, look)))
     columns, side = (3, 256) if len(panels) > 4 else (2, 512)
     lines = -(-len(panels) // columns)
-    cell, foot = side + 62, 60
+    cell, foot = side + 62, 70
     width, height = columns * cell + 8, lines * cell + foot
     figure = plt.figure(figsize=(width / 100, height / 100), dpi=100)
     for number, (title, draw) in enumerate(panels):
@@ -380,7 +380,7 @@ def draw_grid(looks: dict[str, Look], dense: Look | None, file: Path) -> None:
         at = (left / width, bottom / height, side / width, side / height)
         axes = figure.add_axes(at)
         draw(axes)
-        axes.set_title(title, fontsize=13)
+        axes.set_title(title, fontsize=11)
     legend(figure, list(looks.values()))
     save(figure, file)
 
@@ -438,7 +438,7 @@ def save(figure: Any, file: Path) -> None:
     figure.canvas.draw()
     pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3]
     plt.close(figure)
-    image = Image.fromarray(np.ascontiguousarray(pixels)).quantize(40)
+    image = Image.fromarray(np.ascontiguousarray(pixels)).quantize(32)
     image.save(file, optimize=True)
 
 
