@@ -11,7 +11,7 @@ TESTS ?= tests
 
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help train test test-full random-shapes lint format bench clean
+.PHONY: help train test test-full random-shapes lint format bench docs clean
 
 help:
 	@echo "make train      train the quickstart language model, evaluate it, print the table"
@@ -21,6 +21,7 @@ help:
 	@echo "make lint       ruff and mypy"
 	@echo "make format     let ruff rewrite the files"
 	@echo "make bench      dense and sparse attention side by side (LENGTHS=1024,4096)"
+	@echo "make docs       the documentation site, in site/"
 	@echo "make clean      remove .venv and caches, keep runs/"
 
 $(RUN): pyproject.toml constraints.txt .python-version scripts/set_up.sh
@@ -55,5 +56,9 @@ format: $(DEV)
 bench: $(RUN)
 	@$(BIN)/python scripts/bench_attention.py --lengths $(LENGTHS) $(ARGS)
 
+docs: $(DEV)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "site/index.html"
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) site build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -26,7 +26,9 @@ def text_files():
         listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
         files = [ROOT / name for name in listed.stdout.split("\0") if name]
     else:
-        made = re.compile(r"(^|/)(\.(?!ci/)[^/]+|__pycache__|runs|build|dist|[^/]+\.egg-info)/")
+        made = re.compile(
+            r"(^|/)(\.(?!ci/)[^/]+|__pycache__|runs|build|dist|site|[^/]+\.egg-info)/"
+        )
         files = [
             file for file in ROOT.rglob("*") if not made.search(file.relative_to(ROOT).as_posix())
         ]
