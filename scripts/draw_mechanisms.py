@@ -33,6 +33,7 @@ import numpy as np
 import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
+from readable_help import HelpFormatter
 
 from models import load
 from models.rope import make_rope
@@ -119,11 +120,13 @@ class Look(NamedTuple):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n", 1)[0], formatter_class=HelpFormatter
+    )
     add = parser.add_argument
     add("--only", help="names of pictures, separated by commas: " + ",".join(CONFIGS))
-    add("--folder", type=Path, default=Path("docs/pictures"))
-    add("--fit-steps", type=int, default=FIT_STEPS)
+    add("--folder", type=Path, default=Path("docs/pictures"), help="of the pictures")
+    add("--fit-steps", type=int, default=FIT_STEPS, help="of codes, gates and indexers")
     options = parser.parse_args(arguments)
     wanted = options.only.split(",") if options.only else list(CONFIGS)
     unknown = [name for name in wanted if name not in CONFIGS]

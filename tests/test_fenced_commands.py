@@ -74,6 +74,7 @@ NOT_RUN = {
     "python -m pip install": "needs a package index; the extras are looked up",
     "python -m venv": "begins an environment for packages that are not ours",
     "python scripts/bench_attention.py --peer": "needs the peers' environment",
+    "python scripts/compile_pod.py": "compiles for minutes; tests/test_compile_pod.py does it",
     "python scripts/harness.py": "tests/train/evaluation/test_harness.py runs it on small data",
     "python scripts/compare_runs.py": "tests/train/evaluation/test_compare_runs.py runs it",
     "python scripts/roofline.py": "tests/kernels_pallas/test_roofline.py runs it",
