@@ -1,6 +1,6 @@
 """Decoding SmolLM2 on a CPU: ours dense and sparse beside transformers and llama.cpp, in one run.
 
-    python scripts/bench_smollm2_decode.py --lengths 1024,4096,8192 \\
+    python scripts/bench_smollm2_decode.py --lengths 1024,4096,8064 \\
         --peer-python PATH_OF_A_PYTHON --json benchmarks/results/smollm2_decode_cpu.json
 
 Batch 1, one thread pinned to one core. Every side reads the same prompt of held-out text and then
@@ -11,10 +11,10 @@ seconds of the prompt (ours without compiling, which one unmeasured prompt pays 
 Sides: "dense" and the mechanisms of ``--attention``, float32, layer 0 dense, through the program of
 ``python -m models.generate``; HashAttention's maps are drawn at random unless there is a
 ``--mapping``, which changes no speed; with ``--dense-prompts`` they read the prompt by dense
-attention. "transformers": the same weights in float32 with its
-scaled-dot-product attention. "llama.cpp": the package's own 4-bit file, by xllamacpp. The peers'
-environment needs torch, transformers and xllamacpp; a side that cannot run is a row with its
-``error``.
+attention. "transformers": the same weights in float32 with its scaled-dot-product attention.
+"llama.cpp": the package's own 4-bit file, by xllamacpp, which refuses prompts that fill the model's
+context (8192). The peers' environment needs torch, transformers and xllamacpp; a side that cannot
+run is a row with its ``error``.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__.split("\n", 1)[0], formatter_class=HelpFormatter
     )
     add = parser.add_argument
-    add("--lengths", type=numbers, default=(1024, 4096, 8192), help="tokens of the prompt: T,T,...")
+    add("--lengths", type=numbers, default=(1024, 4096, 8064), help="tokens of the prompt: T,T,...")
     add("--attention", nargs="*", default=[HASH], help="mechanisms, NAME:FIELD=VALUE,...")
     add("--mapping", default="", help="a mapping file: one more side")
     add("--dense-prompts", action="store_true", help="sparse sides read the prompt densely")
@@ -317,7 +317,10 @@ class Peer:
         except BrokenPipeError as error:
             status = self._process.wait()
             self.close()
-            raise RuntimeError(f"the peer ended with status {status}; is it installed?") from error
+            raise RuntimeError(
+                f"the peer ended with status {status}; is it installed, and does it take prompts of "
+                "this length?"
+            ) from error
 
 
 def peer(options: argparse.Namespace, code: str, source: str, prompt: list[int]) -> Any:
