@@ -318,8 +318,8 @@ class Peer:
             status = self._process.wait()
             self.close()
             raise RuntimeError(
-                f"the peer ended with status {status}; is it installed, and does it take prompts of "
-                "this length?"
+                f"the peer ended with status {status}; is it installed, and does it take a prompt "
+                "of this length?"
             ) from error
 
 
