@@ -82,6 +82,7 @@ SINKS, RECENT, DENSE_LAYERS = 16, 64, (0,)
 SCORED = 512
 HELD_OUT_AFTER, CALIBRATED_BEFORE = 1970, 1960
 RETRIEVAL_HEADS, RETRIEVAL_SAMPLES, MOST_ATTENDED = 20, range(10_000, 10_004), 32
+SHARES = (1, 1 / 2, 1 / 4, 1 / 8, 1 / 16)
 MEASURED = {
     "recall": "recall_beyond",
     "captured_mass": "captured_mass",
@@ -551,6 +552,9 @@ def plot(rows: Sequence[dict[str, Any]], path: Path, lengths: Sequence[int]) -> 
             for number, policy in enumerate(POLICIES):
                 curve(axis, [row for row in here if row["policy"] == policy], number)
             axis.set(xscale="log", xlabel="bytes read / bytes of dense attention", ylabel=title)
+            axis.set(xlim=(1 / 17, 1.05))
+            axis.set_xticks(SHARES, ["1", *(f"1/{1 / share:g}" for share in SHARES[1:])])
+            axis.minorticks_off()
             axis.set_title(f"{length} tokens")
             axis.grid(alpha=0.3)
     names, marks = {}, {}
