@@ -11,13 +11,14 @@ TESTS ?= tests
 
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help train test test-full random-shapes lint format bench docs clean
+.PHONY: help train test test-full random-shapes lint format bench docs clean notebooks
 
 help:
 	@echo "make train      train the quickstart language model, evaluate it, print the table"
 	@echo "make test       the test-suite at small sizes"
 	@echo "make test-full  the test-suite at real block sizes (long)"
 	@echo "make random-shapes  100 random shapes a kernel, logged in benchmarks/results (an hour)"
+	@echo "make notebooks  run the notebooks and save them with their outputs (ARGS=01)"
 	@echo "make lint       ruff and mypy"
 	@echo "make format     let ruff rewrite the files"
 	@echo "make bench      dense and sparse attention side by side (LENGTHS=1024,4096)"
@@ -43,6 +44,9 @@ test-full: $(DEV)
 
 random-shapes: $(DEV)
 	@$(BIN)/python scripts/random_shapes.py --json benchmarks/results/random_shapes.json $(ARGS)
+
+notebooks: $(DEV)
+	@$(BIN)/python scripts/run_notebooks.py $(ARGS)
 
 lint: $(DEV)
 	@$(BIN)/ruff check .
