@@ -30,6 +30,7 @@ from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 from nbformat import NotebookNode
+from readable_help import HelpFormatter
 from traitlets import default
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,7 +59,9 @@ class OwnKernel(AsyncKernelManager):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n", 1)[0], formatter_class=HelpFormatter
+    )
     parser.add_argument("names", nargs="*", help="beginnings of file names; all without any")
     parser.add_argument("--timeout", type=int, default=3600, help="seconds that a cell may take")
     options = parser.parse_args(arguments)

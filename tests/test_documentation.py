@@ -17,7 +17,7 @@ from sparse_attn import MECHANISMS, POLICIES, Heads, HeadShape
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = {"hash": "hash_attention"}
-PICTURE_BYTES = 40_000
+PICTURE_BYTES = 120_000
 
 
 def page_of(name):
