@@ -6,8 +6,9 @@ rows of 1024 tokens whose positions are spread over the model's 8192, so that th
 keys. ``--model.attention.share query`` fits one code per query head, as the paper does, in place of
 one per kv head.
 
-Expected on one CPU core: 17 minutes (3.9 s a step). A fit of 128 steps of 512 tokens found 7 of 8
-needles in 1024 tokens with a budget of 1/32, where dense attention finds all (docs/smollm2.md).
+Expected on one CPU core: 17 minutes (3.9 s a step). With 1/32 of the keys beside 16 sinks and 64
+recent ones it finds 48 of 48 needles in 1024 tokens, as dense attention does, and 6 of 12 in 4096,
+where dense attention finds 12; text costs 0.06 nats a token at 1024 (docs/smollm2.md).
 """
 
 import dataclasses
