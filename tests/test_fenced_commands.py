@@ -93,7 +93,7 @@ SMALLER = [
 ]
 
 
-SLOW = {"kernels.md"}  # compiles for a TPU
+SLOW = {"kernels.md", "contract.md"}  # compile for a TPU, or operation by operation
 
 
 def command_lines(page):
