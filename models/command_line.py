@@ -85,8 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = tyro.cli(Arguments, prog=program(PROGRAM, COMMAND, arguments), args=arguments)
     from train.recipes import UserError
 
-    # Orbax warns about every folder that it is asked to read without writing.
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    quiet_orbax()
     try:
         run(parsed)
     except (ValueError, FileNotFoundError, UserError) as error:
@@ -101,6 +100,11 @@ def program(module: str, command: str, arguments: Sequence[str]) -> str:
     Shells complete by the name of a command, and "python" is not ours to complete.
     """
     return command if arguments[:1] and arguments[0].startswith("--tyro-") else module
+
+
+def quiet_orbax() -> None:
+    """No warnings of Orbax, which has one for every folder that it reads without writing."""
+    logging.getLogger("absl").setLevel(logging.ERROR)
 
 
 def run(arguments: Arguments) -> None:

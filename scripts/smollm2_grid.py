@@ -230,7 +230,7 @@ class Grid:
         parts = self.parts(one.task, one.length, sample)
         prefix = prefill(self.dense, parts, one.protocol)  # type: ignore[arg-type]
         caches: Any = None
-        weights: np.ndarray | None = None
+        wanted: list[list[np.ndarray]] | None = None
         for before, cell in zip([None, *cells], cells, strict=False):
             decoder = self.decoder(cell)
             if before is None or before.policy != cell.policy:
@@ -239,11 +239,10 @@ class Grid:
             found = score(decoder, parts, prefix, caches, inspect=inspect)
             recall = None
             if inspect and cell.policy != "dense":
-                if weights is None:
-                    weights = attention_of(self.dense, parts, self.retrieval_heads)
-                recall = recall_of(
-                    weights, found.inspection, self.retrieval_heads, self.dense.config.query_heads
-                )
+                heads = self.retrieval_heads
+                if wanted is None:
+                    wanted = most_attended(attention_of(self.dense, parts, heads))
+                recall = recall_of(wanted, found.inspection, heads, self.dense.config.query_heads)
             yield record_of(cell, sample, found, recall)
 
     def parts(self, task: str, length: int, sample: int) -> Parts:
@@ -388,26 +387,37 @@ def attention_of(
     return np.stack(found)
 
 
+def most_attended(weights: Float[np.ndarray, "h A S"]) -> list[list[np.ndarray]]:
+    """Each head's and row's most attended keys beyond sinks and recent ones; fewer if there are
+    fewer. The last row is of the last key.
+    """
+    rows, keys = weights.shape[1:]
+    found = []
+    for each in weights:
+        beyond = [
+            row[SINKS : max(query - RECENT + 1, SINKS)]
+            for query, row in enumerate(each, start=keys - rows)
+        ]
+        found.append([SINKS + np.argsort(-row, kind="stable")[:MOST_ATTENDED] for row in beyond])
+    return found
+
+
 def recall_of(
-    weights: Float[np.ndarray, "h A S"],
+    wanted: Sequence[Sequence[np.ndarray]],
     inspection: Inspection,
     heads: Sequence[tuple[int, int]],
     query_heads: int,
 ) -> float | None:
-    """Share of each head's most attended keys beyond sinks and recent ones that its list has."""
-    rows, keys = weights.shape[1:]
-    first = keys - rows
+    """Share of the :func:`most_attended` keys of each head that its list has."""
     recalls = []
-    for each, (layer, head) in zip(weights, heads, strict=True):
+    for rows, (layer, head) in zip(wanted, heads, strict=True):
         selection = inspection.selections[layer]
         if selection is None:
             continue
-        lists = np.asarray(selection.indices)[-rows:]  # protocol A has one fewer
+        lists = np.asarray(selection.indices)[-len(rows) :]  # protocol A has one fewer
         chosen = lists[:, head * lists.shape[1] // query_heads]
-        for row, query in enumerate(range(keys - len(lists), keys)):
-            beyond = each[query - first, SINKS : max(query - RECENT + 1, SINKS)]
-            best = SINKS + np.argsort(-beyond, kind="stable")[:MOST_ATTENDED]
-            begins = chosen[row][chosen[row] >= 0] * selection.block_size
+        for best, blocks in zip(rows[-len(lists) :], chosen, strict=True):
+            begins = blocks[blocks >= 0] * selection.block_size
             attended = (begins[:, None] + np.arange(selection.block_size)).reshape(-1)
             if len(best):
                 recalls.append(np.isin(best, attended).mean())

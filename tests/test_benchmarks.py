@@ -1,30 +1,21 @@
 """The benchmark scripts: picks are what they claim, and a tiny run writes the promised rows."""
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from evaluation_cases import SCRIPTS, load_script
 
-SCRIPTS = Path(__file__).parent.parent / "scripts"
 COLUMNS = {
     *("op", "mechanism", "picks", "union_ratio", "implementation", "direction", "length"),
     *("seconds", "cpu_seconds", "temp_bytes", "ratio_to_dense", "device", "jax"),
 }
 
 
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-picks = load("bench_picks")
+picks = load_script("bench_picks")
 
 
 @pytest.mark.parametrize("make", [picks.replaced_picks, picks.uniform_picks])

@@ -13,7 +13,10 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 ROOT = Path(__file__).parent.parent
-TEXT = {".py", ".md", ".toml", ".txt", ".sh", ".yml", ".yaml", ".cfg", ".ini", ".json", ".ipynb", ""}
+TEXT = {
+    *(".py", ".md", ".toml", ".txt", ".sh", ".yml", ".yaml", ".cfg", ".ini", ".json"),
+    *(".ipynb", ""),
+}
 # The licence's own text names its publisher.
 WITH_ADDRESSES = {"LICENSE"}
 ADDRESS = re.compile(r"(https?|ftp|git|ssh)(\+\w+)?" + r"://", re.IGNORECASE)

@@ -130,12 +130,12 @@ def test_recall_of_heads_counts_their_own_most_attended_keys(grid):
     lists[:, 0, :24] = 40 + np.arange(24)  # of the query heads 0 to 2
     lists[1, 1, :32] = 40 + np.arange(32)  # of 3 to 5, in the last row only
     by_token = Inspection(({},) * 2, np.arange(2), (None, Selection(jnp.asarray(lists), 1)))
-    assert grid.recall_of(weights[:1], by_token, heads[:1], 9) == 24 / 32
-    assert grid.recall_of(weights, by_token, heads, 9) == (24 / 32 + 0.5) / 2
-    assert grid.recall_of(weights[2:], by_token, heads[2:], 9) is None
+    assert grid.recall_of(grid.most_attended(weights[:1]), by_token, heads[:1], 9) == 24 / 32
+    assert grid.recall_of(grid.most_attended(weights), by_token, heads, 9) == (24 / 32 + 0.5) / 2
+    assert grid.recall_of(grid.most_attended(weights[2:]), by_token, heads[2:], 9) is None
     blocks = Selection(jnp.asarray([[[3]]] * 2, jnp.int32), 16)  # keys 48 to 63
     by_block = Inspection(({},) * 2, np.arange(2), (None, blocks))
-    assert grid.recall_of(weights[:2], by_block, heads[:2], 9) == 0.5
+    assert grid.recall_of(grid.most_attended(weights[:2]), by_block, heads[:2], 9) == 0.5
 
 
 def test_what_is_done_is_not_run_again(grid, tmp_path, monkeypatch):

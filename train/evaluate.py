@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
 import math
 import sys
 import time
@@ -25,7 +24,7 @@ import tyro
 from rich.console import Console
 from rich.markup import escape
 
-from models.command_line import program
+from models.command_line import program, quiet_orbax
 from sparse_attn import POLICIES, Dense, MechanismConfig, parse_mechanism
 from train.config import (
     CONFIG_FILE,
@@ -101,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     console = Console(stderr=True)
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    quiet_orbax()
     try:
         parsed = parse(arguments)
         if parsed.tasks:

@@ -19,6 +19,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from models.command_line import quiet_orbax
 from train.config import RunConfig, UserError, flatten
 from train.flops import TokenFlops
 from train.sharding import describe_placement
@@ -112,8 +113,7 @@ def without_timing(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def show_library_messages(console: Console) -> None:
     """Print what the libraries say, such as which implementation ``auto`` chose."""
-    # Orbax warns about every folder that it is asked to read without writing.
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    quiet_orbax()
     handler = RichHandler(console=console, show_time=False, show_path=False, markup=False)
     for name in ("sparse_attn", "train"):
         logger = logging.getLogger(name)

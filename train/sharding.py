@@ -137,14 +137,14 @@ def tree_shardings(
         for size, wanted in zip(leaf.shape[first:], axes, strict=True):
             axis = _mesh_axes(wanted and wanted.removesuffix("?"), mesh)
             parts = math.prod(mesh.shape[one] for one in axis)
-            if wanted is not None and wanted.endswith("?") and size % parts:
+            if size % parts and wanted and wanted.endswith("?"):
                 axis = ()
-            places.append(axis)
-            if axis and size % parts:
+            elif size % parts:
                 raise ValueError(
                     f"{name} {leaf.shape}: an axis of {size} cannot be split over "
                     f"mesh.{'*'.join(axis)}={parts}; choose a size that divides it"
                 )
+            places.append(axis)
         spec = [None if not axis else axis[0] if len(axis) == 1 else axis for axis in places]
         return NamedSharding(mesh, PartitionSpec(*(None,) * first, *spec))
 

@@ -27,7 +27,7 @@ def small(roofline, **changes):
 
 def test_the_page_shows_the_rows(roofline):
     page = (ROOT / "docs/roofline.md").read_text()
-    assert page == roofline.put_into(page, roofline.render(ROWS))
+    assert page == roofline.put_between(page, roofline.render(ROWS), roofline.MARKS)
 
 
 def test_the_rows_are_what_is_counted_now(roofline):
@@ -43,7 +43,7 @@ def test_the_rows_are_what_is_counted_now(roofline):
 
 def test_pages_without_marks_are_refused(roofline):
     with pytest.raises(ValueError, match="lacks"):
-        roofline.put_into("# Roofline\n", "tables")
+        roofline.put_between("# Roofline\n", "tables", roofline.MARKS)
 
 
 def test_products_of_causal_attention_are_those_of_its_mask(roofline):

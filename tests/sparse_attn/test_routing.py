@@ -2,18 +2,17 @@
 
 import dataclasses
 import functools
-import importlib.util
 import itertools
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import attention_cases as cases
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from evaluation_cases import SCRIPTS, load_script
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -33,7 +32,6 @@ SMALL = Routing(clusters=3, cluster_window=4, local_window=3, sinks=2)
 PAPER = Routing(clusters=3, cluster_window=6, local_window=4, mode="paper")
 SHAPE = cases.SHAPES["G2"]
 T = 40
-SCRIPTS = Path(__file__).parents[2] / "scripts"
 LAYOUTS = {
     "one": [1] * 40,
     "padded": [1] * 29 + [0] * 11,
@@ -765,15 +763,8 @@ def test_sorted_keys_and_lists_of_a_known_case():
     assert lists[0, 3, 0].tolist() == [0, 2, 3, -1, -1]
 
 
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_leak_script_finds_the_leak_in_paper_mode_only():
-    script = load("routing_leak")
+    script = load_script("routing_leak")
     paper, causal = script.configs(clusters=4, window=16)
     leaking, tight = script.leak(paper, 64), script.leak(causal, 64)
     assert [row["changed"] for row in tight] == ["last 1", "last 16", "cut after the row"]

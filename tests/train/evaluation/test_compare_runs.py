@@ -1,29 +1,21 @@
 """scripts/compare_runs.py on runs whose differences are known."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import pytest
+from evaluation_cases import load_script
 
 from train.evaluation.results import Results
 from train.evaluation.rows import Conditions
 from train.evaluation.store import Cell, Measurement
 
-SCRIPT = Path(__file__).parents[3] / "scripts" / "compare_runs.py"
 VT = Cell("vt", 1024, "quest", 128, "B")
 TEXT = Cell("perplexity", 1024, "dense", None, "A")
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("compare_runs", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    return load_script("compare_runs")
 
 
 def run(title, values, metric="score", **settings):
