@@ -3,7 +3,9 @@
 With rotated q and k, mappings phi_q, phi_k (learned, per list) and codes of b bits:
 
 1. code(x) = [phi(x) > 0], packed into words; the code of a key is computed once.
-2. score[t, j, s] = sum over the query heads of list j of b - 2 popcount(code_q ^ code_k).
+2. score[t, j, s] = sum over the query heads of list j of b - 2 popcount(code_q ^ code_k). With
+   ``query_levels`` > 2 a query head has several codes, which differ by their thresholds, and they
+   add up as well: bits that it cares about count more. Keys are coded as ever.
 3. Row t attends the document's first ``sinks`` keys, the last ``recent`` ones (its own included)
    and the k_t best-scored of the rest; of equal scores the most recent win.
 4. Softmax attention over these keys. Nothing differentiates through the choice: the mappings learn
@@ -11,8 +13,8 @@ With rotated q and k, mappings phi_q, phi_k (learned, per list) and codes of b b
 
 Where we differ from the published code, and why: one list a kv head by default (``share="kv"``), so
 that a group reads its keys once; b bits a list of cache, not b a query head; codes are cached; ties
-have an order; relaxed codes can be annealed to hard ones while they train; prefill is as sparse as
-decode.
+have an order; relaxed codes can be annealed to hard ones while they train; the maps of queries and
+keys begin as the same projection; prefill is as sparse as decode.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from sparse_attn import metrics
 from sparse_attn.cache import check_capacity
 from sparse_attn.documents import Rows, place_rows, place_shard
 from sparse_attn.hash_cache import HashCache, append, empty_cache
-from sparse_attn.hash_mapping import Mapping, MappingKind
+from sparse_attn.hash_mapping import Mapping, MappingKind, level_bits
 from sparse_attn.hash_selection import FINEST_FRACTION, Amount, by_lists, key_lists
 from sparse_attn.hash_training import fit_loss
 from sparse_attn.parallel.ranges import cached_range_attention
@@ -51,6 +53,8 @@ class HashAttention(MechanismConfig):
 
     Attributes:
       bits: of a code (b), a multiple of 8.
+      query_levels: values that each bit of a query takes. 2: it is set or not, as in the paper. L:
+        L - 1 codes a query head, which costs no memory and little time.
       mapping: makes codes by an MLP with two hidden layers, or a linear map.
       hidden: width of the MLP's hidden layers.
       share: "kv": one list a kv head, for which the scores of the group's query heads are summed.
@@ -67,6 +71,7 @@ class HashAttention(MechanismConfig):
       positive_weight: of targets in "bce" (alpha).
       positive_weight_per_token: times T, is added to ``positive_weight`` (beta).
       target_power: power of attention that weighs targets in "ranking"; 0: all alike.
+      hard_keys: the loss sees the bits that keys will have, with the gradient of soft ones.
       value_aware_target: ranks targets by attention times |v|.
       anneal_steps: the temperature falls from 1 to ``final_temperature`` within so many training
         steps, which the module counts itself; 0: it stays at 1.
@@ -81,6 +86,7 @@ class HashAttention(MechanismConfig):
     """
 
     bits: int = 32
+    query_levels: int = 2
     mapping: MappingKind = "mlp"
     hidden: int = 128
     share: Literal["kv", "query"] = "kv"
@@ -93,6 +99,7 @@ class HashAttention(MechanismConfig):
     positive_weight: float = 20.0
     positive_weight_per_token: float = 0.0
     target_power: float = 0.0
+    hard_keys: bool = False
     value_aware_target: bool = False
     anneal_steps: int = 0
     final_temperature: float = 0.1
@@ -103,6 +110,10 @@ class HashAttention(MechanismConfig):
     def __post_init__(self) -> None:
         if self.bits < 8 or self.bits % 8:
             raise ValueError(f"bits={self.bits} must be a positive multiple of 8")
+        if not 2 <= self.query_levels <= 16:
+            raise ValueError(
+                f"query_levels={self.query_levels} must be between 2 (the paper's bits) and 16"
+            )
         for name, known in (
             ("mapping", ("mlp", "linear")),
             ("share", ("kv", "query")),
@@ -188,16 +199,21 @@ class HashAttention(MechanismConfig):
         del element_bits
         return 32.0 * word_count(self.bits) * self.lists(shape)
 
+    @property
+    def code_temperature(self) -> float:
+        """Of the soft bits whose values ``query_levels`` rounds: that at the end of training."""
+        return self.final_temperature if self.anneal_steps else 1.0
+
     def selector_flops(self, shape: HeadShape, length: Any) -> Any:
         """Exclusive or, count and sum: three operations a word of every query code and key."""
-        return 3 * word_count(self.bits) * shape.query_heads * length
+        return 3 * word_count(self.bits) * shape.query_heads * (self.query_levels - 1) * length
 
     @staticmethod
     def tiny() -> tuple[HashAttention, ...]:
         """Variants for the property suite: a list a kv head, and the paper's a query head."""
         small = HashAttention(bits=16, hidden=8, budget=5, sinks=2, recent=3, fit_rows=8)
         paper = dataclasses.replace(small, share="query", mapping="linear", bits=40, budget=0.2)
-        return (small, paper)
+        return (dataclasses.replace(small, query_levels=4), paper)
 
 
 class HashProgress(nnx.Variable):
@@ -229,6 +245,7 @@ class HashMechanism(nnx.Module):
             "width": shape.head_width,
             "hidden": config.hidden,
             "bits": config.bits,
+            "projection": rngs.params(),
             "rngs": rngs,
             "param_dtype": param_dtype,
         }
@@ -352,9 +369,12 @@ class HashMechanism(nnx.Module):
         return out, cache, Aux(loss, measured, statistics, chosen)
 
     def query_codes(self, q: Float[Array, "B T N H"]) -> UInt32[Array, "B T J E W"]:
-        """Packed codes of rotated queries, sorted to the lists they stand behind."""
+        """Packed codes of rotated queries, sorted to the lists they stand behind: E of them a list,
+        ``query_levels - 1`` for each of its query heads.
+        """
         u_q = self.phi_q(by_lists(jax.lax.stop_gradient(q), self.lists))
-        return checkpoint_name(pack_codes(u_q > 0), "selection")
+        bits = level_bits(u_q, self.config.query_levels, self.config.code_temperature)
+        return checkpoint_name(pack_codes(bits), "selection")
 
     def update_state(self, statistics: dict[str, Array]) -> None:
         """Count a training step if the codes learnt in it, however many microbatches it had."""
@@ -367,7 +387,7 @@ def hash_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K Hv"],
-    q_codes: UInt32[Array, "B T N W"],
+    q_codes: UInt32[Array, "B T NL W"],
     k_codes: UInt32[Array, "B T J W"],
     *,
     config: HashAttention | None = None,
@@ -379,7 +399,8 @@ def hash_attention(
       q: queries, rotated.
       k: keys, rotated.
       v: values.
-      q_codes: one packed code a query head (:func:`kernels_pallas.hamming.pack_codes`).
+      q_codes: one packed code a query head (:func:`kernels_pallas.hamming.pack_codes`), or the
+        ``config.query_levels - 1`` of each, head by head.
       k_codes: one packed code a list: a kv head with ``config.share="kv"``, else a query head.
       config: bits, sharing, budget, sinks, recent, implementation; the rest is not looked at.
       segment_ids: 0 is padding (output 0), documents are contiguous.
@@ -393,11 +414,12 @@ def hash_attention(
     config = HashAttention() if config is None else config
     batch, tokens, heads = q.shape[:3]
     lists = k.shape[2] if config.share == "kv" else heads
-    words = word_count(config.bits)
-    if q_codes.shape != (batch, tokens, heads, words):
+    words, codes = word_count(config.bits), heads * (config.query_levels - 1)
+    if q_codes.shape != (batch, tokens, codes, words):
         raise ValueError(
-            f"q_codes.shape={q_codes.shape} must be [B, T, N, W]={(batch, tokens, heads, words)} "
-            f"for bits={config.bits}"
+            f"q_codes.shape={q_codes.shape} must be [B, T, N * (query_levels - 1), W]="
+            f"{(batch, tokens, codes, words)} for bits={config.bits}, "
+            f"query_levels={config.query_levels}"
         )
     if k_codes.shape != (batch, tokens, lists, words):
         raise ValueError(
@@ -410,7 +432,7 @@ def hash_attention(
         q,
         k,
         v,
-        q_codes.reshape(batch, tokens, lists, heads // lists, words),
+        q_codes.reshape(batch, tokens, lists, codes // lists, words),
         selection.packed(k_codes),
         rows,
         None if segment_ids is None else rows.valid,

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from kernels_pallas.common import accumulation_dtype
 
 MappingKind = Literal["mlp", "linear"]
+
+INITIAL_NOISE = 0.1
+"""Size of what is added to the projection that an MLP begins as, relative to a random MLP."""
 
 
 class Mapping(nnx.Module):
@@ -22,6 +26,11 @@ class Mapping(nnx.Module):
 
     Parameters ``w_in`` [J, H, F], ``w_middle`` [J, F, F], ``w_out`` [J, F or H, b] and
     ``in_bias`` [J, F], ``middle_bias`` [J, F], ``out_bias`` [J, b]; F is the hidden width.
+
+    At first phi(x) is a random projection of H^(-1/4) x (so that products are logits), an MLP's but
+    for some noise: silu(a) - silu(-a) = a, so that pairs of hidden units hand numbers on. Maps with
+    the same ``projection`` key begin as the same projection: their codes tell the angle between a
+    query and a key (SimHash, Charikar 2002) before anything is learnt.
     """
 
     def __init__(
@@ -32,21 +41,43 @@ class Mapping(nnx.Module):
         width: int,
         hidden: int,
         bits: int,
+        projection: Array,
         rngs: nnx.Rngs,
         param_dtype: Any = jnp.float32,
     ):
-        def matrix(into: int, out: int) -> nnx.Param:
-            draw = jax.random.normal(rngs.params(), (lists, into, out), param_dtype)
-            return nnx.Param(into**-0.5 * draw)
+        def orthogonal(
+            key: Array, into: int, out: int, scale: float = 1.0
+        ) -> Float[Array, "J into out"]:
+            one = jax.nn.initializers.orthogonal(scale)
+            keys = jax.random.split(key, lists)
+            return jax.vmap(lambda key: one(key, (into, out), jnp.float32))(keys)
+
+        def noisy(matrix: Float[Array, "J into out"]) -> nnx.Param:
+            noise = jax.random.normal(rngs.params(), matrix.shape, jnp.float32)
+            size = INITIAL_NOISE * matrix.shape[1] ** -0.5
+            return nnx.Param((matrix + size * noise).astype(param_dtype))
 
         def bias(out: int) -> nnx.Param:
             return nnx.Param(jnp.zeros((lists, out), param_dtype))
 
         self.kind = kind
+        first, last = jax.random.split(projection)
         if kind == "mlp":
-            self.w_in, self.in_bias = matrix(width, hidden), bias(hidden)
-            self.w_middle, self.middle_bias = matrix(hidden, hidden), bias(hidden)
-        self.w_out, self.out_bias = matrix(hidden if kind == "mlp" else width, bits), bias(bits)
+            # Pairs of units hold a number and its negative; units that are left begin as noise.
+            pairs = min(width, hidden // 2)
+            free = (0, hidden - 2 * pairs)
+            signs = jnp.array([1.0, -1.0], jnp.float32)
+            inner = jnp.kron(jnp.outer(signs, signs), jnp.eye(pairs, dtype=jnp.float32))
+            into = orthogonal(first, width, pairs, scale=width**-0.25)
+            out = orthogonal(last, pairs, bits)
+            self.w_in = noisy(jnp.pad(jnp.kron(signs, into), ((0, 0), (0, 0), free)))
+            self.in_bias = bias(hidden)
+            self.w_middle = noisy(jnp.tile(jnp.pad(inner, (free, free)), (lists, 1, 1)))
+            self.middle_bias = bias(hidden)
+            self.w_out = noisy(jnp.pad(jnp.kron(signs[:, None], out), ((0, 0), free, (0, 0))))
+        else:
+            self.w_out = nnx.Param(orthogonal(last, width, bits, width**-0.25).astype(param_dtype))
+        self.out_bias = bias(bits)
 
     def __call__(self, x: Float[Array, "B T J E H"]) -> Float[Array, "B T J E b"]:
         """phi of E vectors a list (the query heads that share it, or one key)."""
@@ -62,3 +93,17 @@ class Mapping(nnx.Module):
             y = jax.nn.silu(affine(y, self.w_middle, self.middle_bias))
         y = affine(y, self.w_out, self.out_bias)
         return jnp.moveaxis(y.reshape(J, B, T, E, -1), 0, 2)
+
+
+def level_bits(
+    u: Float[Array, "*rest E b"], levels: int, temperature: float = 1.0
+) -> Bool[Array, "*rest EL b"]:
+    """Codes of a query whose tanh(u / temperature) is rounded to one of L evenly spaced values.
+
+    L - 1 codes, [u > t] with L - 1 thresholds t; the sum of their signs is (L - 1) times the
+    rounded value, in {-1, ..., 1}. L = 2: the code [u > 0].
+    """
+    codes = levels - 1
+    edges = [temperature * math.atanh((2 * i + 1 - codes) / codes) for i in range(codes)]
+    bits = jnp.stack([u > edge for edge in edges], axis=-2)
+    return bits.reshape(*u.shape[:-2], u.shape[-2] * codes, u.shape[-1])

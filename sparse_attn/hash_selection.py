@@ -1,7 +1,7 @@
 """Which keys HashAttention attends, and attention over them.
 
 A list is one set of selected keys: J = K lists a row where the group shares them, J = N where every
-query head has its own. E = N/J query heads stand behind a list; their scores are summed.
+query head has its own. N/J query heads stand behind a list; scores of all their E codes are summed.
 """
 
 from __future__ import annotations

@@ -7,11 +7,12 @@ With u_q, u_k = phi of a query and a key and temperature tau, for list j of row 
     bce         mean over candidates of  w softplus(-z) if y else softplus(z),  w = alpha + beta T
     ranking     mean over pairs (y = 1, y = 0) of  a^p softplus(z_negative - z_positive)
 
-Candidates are the keys that are neither sinks nor recent. Attention is the softmax probability,
-summed over the list's query heads (for one head: the order of q . k), times |v| with
-``value_aware_target``; a is that of the target, p the ``target_power``. T is the number of tokens
-the row sees: its place in its own document, so that packing changes nothing. Rows with fewer than
-``fit_top`` candidates take them all.
+With ``hard_keys`` the bits of keys are signs here, with the gradient of tanh (straight-through,
+Bengio et al. 2013). Candidates are the keys that are neither sinks nor recent. Attention is the
+softmax probability, summed over the list's query heads (for one head: the order of q . k), times
+|v| with ``value_aware_target``; a is that of the target, p the ``target_power``. T is the number of
+tokens the row sees: its place in its own document, so that packing changes nothing. Rows with fewer
+than ``fit_top`` candidates take them all.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from kernels_pallas.hamming import hamming_threshold, pack_codes
 from sparse_attn.documents import Rows
-from sparse_attn.hash_mapping import Mapping
+from sparse_attn.hash_mapping import Mapping, level_bits
 from sparse_attn.hash_selection import Candidates, by_lists, candidates, packed, sampled
 from sparse_attn.masked import map_rows, rows_per_chunk
 from sparse_attn.shards import WHOLE, Shards
@@ -79,7 +80,10 @@ def fit_loss(
     target = checkpoint_name(target, "selection")
     u_q = phi_q(by_lists(q, lists))
     tau = temperature(config, steps).astype(u_q.dtype)
-    query, key = jnp.mean(jnp.tanh(u_q / tau), axis=3), jnp.tanh(u_k / tau)
+    query, soft = jnp.mean(jnp.tanh(u_q / tau), axis=3), jnp.tanh(u_k / tau)
+    key = soft
+    if config.hard_keys:
+        key = soft + jax.lax.stop_gradient(jnp.where(u_k > 0, 1.0, -1.0).astype(soft.dtype) - soft)
     if config.loss == "bce":
         loss = _bce(config, query, key, target, place, shards)
     else:
@@ -88,7 +92,7 @@ def fit_loss(
     if config.balance > 0:
         loss = loss + config.balance * (
             _imbalance(jnp.tanh(u_q / tau), rows_of_loss, shards)
-            + _imbalance(key[:, :, :, None], rows, shards)
+            + _imbalance(soft[:, :, :, None], rows, shards)
         )
     metrics = recall(config, u_q, u_k, target, place, shards)
     metrics["hash_temperature"] = tau.astype(jnp.float32)
@@ -172,8 +176,9 @@ def recall(
 ) -> dict[str, Float[Array, ""]]:
     """Share of the targets among the keys that the hard codes select; 1 without any target."""
     u_q, u_k = jax.lax.stop_gradient((u_q, u_k))
+    bits = level_bits(u_q, config.query_levels, config.code_temperature)
     threshold = hamming_threshold(
-        pack_codes(u_q > 0),
+        pack_codes(bits),
         packed(pack_codes(u_k > 0)),
         place.start,
         place.stop,
@@ -181,7 +186,7 @@ def recall(
         bits=config.bits,
         implementation=config.implementation,
     )
-    query = jnp.sum(jnp.where(u_q > 0, 1.0, -1.0), axis=3)
+    query = jnp.sum(jnp.where(bits, 1.0, -1.0), axis=3)
     scores = _scores_at(query, jnp.where(u_k > 0, 1.0, -1.0), target)
     level, cutoff = (x[..., None] for x in threshold)
     found = (scores > level) | ((scores == level) & (target >= cutoff))

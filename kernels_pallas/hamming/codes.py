@@ -1,6 +1,14 @@
-"""The packed form of binary codes, and the compact form of a selection by them.
+"""The packed form of binary codes, of sums of them, and the compact form of a selection by them.
 
 Bit i of a code sits in bit i % 32 of word i // 32; bits past the last one are 0.
+
+The Hamming distance to G query codes, summed, is a weighted count of bits: of c codes that have
+bit i set, a key pays c if its bit is not and G - c if it is, so
+
+    sum_g popcount(q_g ^ k) = sum_i min(c_i, G - c_i) + sum_i x_i |G - 2 c_i|
+
+with x = k ^ (the majority of the q_g). The weights are even or odd as G is; written in binary, a
+key costs log2 G counts of masked bits instead of G.
 """
 
 from __future__ import annotations
@@ -35,6 +43,36 @@ class Threshold(NamedTuple):
         level = self.level[..., None].astype(scores.dtype)
         late = positions[None, None, None, :] >= self.cutoff[..., None]
         return (scores > level) | ((scores == level) & late)
+
+
+class SummedCodes(NamedTuple):
+    """G codes as one weighted count of bits; see the formula of this module.
+
+    The distance of a key is constant + (G % 2) n(x) + sum_d 2^(d + 1) n(x & masks[d]), where x is
+    key ^ majority and n counts the bits of all its words.
+    """
+
+    majority: UInt32[Array, "*rest W"]
+    masks: tuple[UInt32[Array, "*rest W"], ...]
+    constant: Int[Array, "*rest"]
+
+
+def sum_codes(q_codes: UInt32[Array, "*rest G W"], bits: int) -> SummedCodes:
+    """The sum of the G codes."""
+    group = q_codes.shape[-2]
+    ones = jnp.sum(code_signs(q_codes, bits, jnp.int32) > 0, axis=-2, dtype=jnp.int32)
+    half = jnp.abs(group - 2 * ones) // 2
+    digits = [(half >> digit) & 1 for digit in range(mask_count(group))]
+    return SummedCodes(
+        pack_codes(2 * ones > group),
+        tuple(pack_codes(digit == 1) for digit in digits),
+        jnp.sum(jnp.minimum(ones, group - ones), axis=-1, dtype=jnp.int32),
+    )
+
+
+def mask_count(group: int) -> int:
+    """Masks of the sum of ``group`` codes: binary digits of its halved weights."""
+    return (group // 2).bit_length()
 
 
 def word_count(bits: int) -> int:

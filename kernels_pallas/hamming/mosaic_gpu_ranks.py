@@ -1,13 +1,8 @@
 """Mosaic GPU kernels of selection by codes: distances, and histograms of them (Hopper).
 
-The Hamming distance to G query codes, summed, is a weighted count of bits: of c codes that have
-bit i set, a key pays c if its bit is not and G - c if it is, so
-
-    sum_g popcount(q_g ^ k) = sum_i min(c_i, G - c_i) + sum_i x_i |G - 2 c_i|
-
-with x = k ^ (the majority of the q_g). The weights are even or odd as G is; written in binary, a
-key costs log2 G counts of masked bits instead of G. Mosaic GPU has no population count: bits are
-added up in fields of a word. A histogram is kept by every lane in bytes, four levels to a word.
+G query codes are one weighted count of bits (:func:`kernels_pallas.hamming.codes.sum_codes`).
+Mosaic GPU has no population count: bits are added up in fields of a word. A histogram is kept by
+every lane in bytes, four levels to a word.
 """
 
 from __future__ import annotations
@@ -26,7 +21,7 @@ from jaxtyping import Array, Int, UInt32
 
 from kernels_pallas import tuned
 from kernels_pallas.gpu import chip_kind
-from kernels_pallas.hamming.codes import code_signs, pack_codes
+from kernels_pallas.hamming.codes import mask_count, sum_codes
 from kernels_pallas.interpreting import interpreter
 
 __all__ = ["Plan", "Tiles", "distances", "plan_for", "recount", "scores", "tables_of"]
@@ -87,8 +82,8 @@ class Plan:
 
     @property
     def planes(self) -> int:
-        """Binary digits of the halved weights."""
-        return (self.group // 2).bit_length()
+        """Masks of the summed codes."""
+        return mask_count(self.group)
 
     @property
     def shift(self) -> int:
@@ -162,13 +157,9 @@ def tables_of(
 
     W majority words, ``planes`` times W masks, then the constant of the distance, start and stop.
     """
-    ones = jnp.sum(code_signs(q_codes, plan.bits, jnp.int32) > 0, axis=3, dtype=jnp.int32)
-    weight = jnp.abs(plan.group - 2 * ones)
-    digits = [(weight // 2 >> digit) & 1 for digit in range(plan.planes)]
-    words = [pack_codes(2 * ones > plan.group), *(pack_codes(digit == 1) for digit in digits)]
-    constant = jnp.sum(jnp.minimum(ones, plan.group - ones), axis=-1, dtype=jnp.int32)
+    majority, digits, constant = sum_codes(q_codes, plan.bits)
     ends = (jnp.broadcast_to(x[:, :, None], constant.shape) for x in (start, stop))
-    masks = jax.lax.bitcast_convert_type(jnp.concatenate(words, axis=-1), jnp.int32)
+    masks = jax.lax.bitcast_convert_type(jnp.concatenate([majority, *digits], axis=-1), jnp.int32)
     table = jnp.concatenate([masks, jnp.stack([constant, *ends], axis=-1)], axis=-1)
     return table.reshape(-1, table.shape[-1])
 

@@ -3,7 +3,8 @@
 A key's rank is 0 if it is forced, 1 + its Hamming distance (summed over the group) if it is a
 candidate, and more than any distance if it is neither. The best m keys are those up to some rank,
 found by counting a few times; ties at that rank are cut at a position. Few rows (decode) score by
-popcount of the packed words; many rows by a product of signs, which is the same number.
+popcounts of packed words, the query codes of a list summed first; many rows by a product of signs,
+which is the same number.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, UInt32
 
-from kernels_pallas.hamming.codes import WORD, Threshold, code_signs
+from kernels_pallas.hamming.codes import WORD, Threshold, code_signs, sum_codes
 
 PRODUCT_ROWS = 8
 """From this many query rows on, scores are products of signs."""
@@ -103,11 +104,15 @@ def _distances(q_codes: Array, k_codes: Array, bits: int) -> Callable[[Array], A
     if q_codes.shape[1] < PRODUCT_ROWS:
 
         def by_popcount(q_codes: Array) -> Array:
-            total = jnp.zeros((), jnp.uint32)
+            majority, masks, constant = sum_codes(q_codes, bits)
+            total = constant[..., None].astype(jnp.uint32)
             for w in range(words):
-                for g in range(group):
-                    differing = q_codes[:, :, :, g, w, None] ^ k_codes[:, None, :, w]
-                    total = total + jax.lax.population_count(differing)
+                x = majority[..., w, None] ^ k_codes[:, None, :, w]
+                if group % 2:
+                    total = total + jax.lax.population_count(x)
+                for digit, mask in enumerate(masks):
+                    counted = jax.lax.population_count(x & mask[..., w, None])
+                    total = total + (counted << (digit + 1))
             return total
 
         return by_popcount
