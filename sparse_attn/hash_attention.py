@@ -3,9 +3,9 @@
 With rotated q and k, mappings phi_q, phi_k (learned, per list) and codes of b bits:
 
 1. code(x) = [phi(x) > 0], packed into words; the code of a key is computed once.
-2. score[t, j, s] = sum over the query heads of list j of b - 2 popcount(code_q ^ code_k). With
-   ``query_levels`` > 2 a query head has several codes, which differ by their thresholds, and they
-   add up as well: bits that it cares about count more. Keys are coded as ever.
+2. score[t, j, s] = sum, or maximum, over the query heads of list j of b - 2 popcount(code_q ^
+   code_k). With ``query_levels`` > 2 a query head has several codes, which differ by their
+   thresholds, and they add up: bits that it cares about count more. Keys are coded as ever.
 3. Row t attends the document's first ``sinks`` keys, the last ``recent`` ones (its own included)
    and the k_t best-scored of the rest; of equal scores the most recent win.
 4. Softmax attention over these keys. Nothing differentiates through the choice: the mappings learn
@@ -57,8 +57,10 @@ class HashAttention(MechanismConfig):
         L - 1 codes a query head, which costs no memory and little time.
       mapping: makes codes by an MLP with two hidden layers, or a linear map.
       hidden: width of the MLP's hidden layers.
-      share: "kv": one list a kv head, for which the scores of the group's query heads are summed.
-        The paper's is "query": one list a query head.
+      share: "kv": one list a kv head, for all query heads of its group. The paper's is "query": one
+        list a query head.
+      group_score: the "sum" of the scores of a group's query heads, or their "max": one head that
+        looks for a key is enough. The loss is the same.
       budget: keys beyond sinks and recent ones: a number, or a fraction f of what the row sees,
         which is ceil(f * (t + 1)) (a ratio with a denominator up to 16384 stands for f), or one of
         these for each list.
@@ -90,6 +92,7 @@ class HashAttention(MechanismConfig):
     mapping: MappingKind = "mlp"
     hidden: int = 128
     share: Literal["kv", "query"] = "kv"
+    group_score: Literal["sum", "max"] = "sum"
     budget: int | float | tuple[int | float, ...] = 1 / 32
     sinks: int = 16
     recent: int = 64
@@ -117,6 +120,7 @@ class HashAttention(MechanismConfig):
         for name, known in (
             ("mapping", ("mlp", "linear")),
             ("share", ("kv", "query")),
+            ("group_score", ("sum", "max")),
             ("loss", ("bce", "ranking")),
         ):
             if getattr(self, name) not in known:
@@ -199,6 +203,12 @@ class HashAttention(MechanismConfig):
         del element_bits
         return 32.0 * word_count(self.bits) * self.lists(shape)
 
+    def best_of(self, codes: int) -> int:
+        """Parts of a list's ``codes`` query codes, within which scores are summed: one, or with
+        group_score="max" one a query head, of which the best counts.
+        """
+        return codes // (self.query_levels - 1) if self.group_score == "max" else 1
+
     @property
     def code_temperature(self) -> float:
         """Of the soft bits whose values ``query_levels`` rounds: that at the end of training."""
@@ -213,7 +223,7 @@ class HashAttention(MechanismConfig):
         """Variants for the property suite: a list a kv head, and the paper's a query head."""
         small = HashAttention(bits=16, hidden=8, budget=5, sinks=2, recent=3, fit_rows=8)
         paper = dataclasses.replace(small, share="query", mapping="linear", bits=40, budget=0.2)
-        return (dataclasses.replace(small, query_levels=4), paper)
+        return (dataclasses.replace(small, query_levels=4, group_score="max"), paper)
 
 
 class HashProgress(nnx.Variable):

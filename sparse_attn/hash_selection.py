@@ -1,12 +1,14 @@
 """Which keys HashAttention attends, and attention over them.
 
 A list is one set of selected keys: J = K lists a row where the group shares them, J = N where every
-query head has its own. N/J query heads stand behind a list; scores of all their E codes are summed.
+query head has its own. N/J query heads stand behind a list, with E codes in all; scores are summed
+within each of ``config.best_of(E)`` parts, and a key has the score of its best part.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax.numpy as jnp
@@ -102,6 +104,7 @@ def select(
         place.stop,
         place.budget,
         bits=config.bits,
+        best_of=config.best_of(q_codes.shape[3]),
         slots=slots(config, capacity, lists),
         first=place.first,
         last=place.last,
@@ -159,6 +162,7 @@ def masked(
         place.stop,
         place.budget,
         bits=config.bits,
+        best_of=config.best_of(q_codes.shape[3]),
         implementation=config.implementation,
     )
     threshold = Threshold(*(checkpoint_name(x, "selection") for x in threshold))
@@ -169,8 +173,9 @@ def masked(
 
     def member(inputs: Any) -> Bool[Array, "B c J S"]:
         q_codes, place, threshold = inputs
-        queries = jnp.sum(code_signs(q_codes, config.bits, jnp.float32), axis=3)
-        scores = jnp.moveaxis(jnp.matmul(jnp.moveaxis(queries, 1, 2), signs), 2, 1)
+        queries = part_sums(config, code_signs(q_codes, config.bits, jnp.float32))
+        by_part = (jnp.matmul(jnp.moveaxis(part, 1, 2), signs) for part in queries)
+        scores = jnp.moveaxis(functools.reduce(jnp.maximum, by_part), 2, 1)
         first, start, stop, last = (x[:, :, None, None] for x in place[:4])
         chosen = threshold.selects(scores, positions) | (s < start) | (s >= stop)
         return chosen & (s >= first) & (s < last)
@@ -184,6 +189,13 @@ def masked(
         live=live,
         implementation=config.implementation,
     ).out
+
+
+def part_sums(
+    config: HashAttention, signs: Float[Array, "B T J E b"]
+) -> list[Float[Array, "B T J b"]]:
+    """Query signs, added up within each part; a score is the greatest product with a key's."""
+    return [jnp.sum(x, axis=3) for x in jnp.split(signs, config.best_of(signs.shape[3]), axis=3)]
 
 
 def packed(codes: Array) -> Array:

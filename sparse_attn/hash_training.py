@@ -17,6 +17,7 @@ than ``fit_top`` candidates take them all.
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -27,7 +28,14 @@ from jaxtyping import Array, Float, Int, UInt32
 from kernels_pallas.hamming import hamming_threshold, pack_codes
 from sparse_attn.documents import Rows
 from sparse_attn.hash_mapping import Mapping, level_bits
-from sparse_attn.hash_selection import Candidates, by_lists, candidates, packed, sampled
+from sparse_attn.hash_selection import (
+    Candidates,
+    by_lists,
+    candidates,
+    packed,
+    part_sums,
+    sampled,
+)
 from sparse_attn.masked import map_rows, rows_per_chunk
 from sparse_attn.shards import WHOLE, Shards
 
@@ -184,10 +192,12 @@ def recall(
         place.stop,
         place.budget,
         bits=config.bits,
+        best_of=config.best_of(bits.shape[3]),
         implementation=config.implementation,
     )
-    query = jnp.sum(jnp.where(bits, 1.0, -1.0), axis=3)
-    scores = _scores_at(query, jnp.where(u_k > 0, 1.0, -1.0), target)
+    signs = jnp.where(u_k > 0, 1.0, -1.0)
+    queries = part_sums(config, jnp.where(bits, 1.0, -1.0))
+    scores = functools.reduce(jnp.maximum, (_scores_at(x, signs, target) for x in queries))
     level, cutoff = (x[..., None] for x in threshold)
     found = (scores > level) | ((scores == level) & (target >= cutoff))
     listed = target >= 0

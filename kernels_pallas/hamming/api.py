@@ -2,7 +2,8 @@
 
 Axis alphabet: see :mod:`sparse_attn.types`. A list is what selects one set of keys: J lists a row,
 each with one key code and G query codes, whose scores are summed (the query heads of a group that
-share a list; G = 1 if every query head selects for itself).
+share a list; G = 1 if every query head selects for itself), or summed in ``best_of`` parts of which
+the best counts (the heads, where each has several codes).
 """
 
 from __future__ import annotations
@@ -38,25 +39,30 @@ def hamming_scores(
     k_codes: UInt32[Array, "B J W S"],
     *,
     bits: int,
+    best_of: int = 1,
     implementation: Implementation = "auto",
 ) -> Int[Array, "B T J S"]:
     """How well codes agree, summed over the group.
 
         score[t, j, s] = sum_g (bits - 2 popcount(q[t, j, g] ^ k[j, s])) = sum_g sign_q . sign_k
 
-    int32 in [-G * bits, G * bits], all of one parity. O(T*S) memory: for tests and few rows.
+    int32 in [-G * bits, G * bits] (G / best_of in place of G), all of one parity. O(T*S) memory:
+    for tests and few rows.
 
     Args:
       q_codes: packed codes of the queries (:func:`kernels_pallas.hamming.pack_codes`), W words.
       k_codes: packed codes of the keys, positions last, which is the order they are scanned in.
       bits: length of a code; the unused bits of the last word must be 0 on both sides.
+      best_of: number of equal parts of the G codes, neighbours together: scores are summed within
+        a part, and a key has the score of its best part.
       implementation: backend name, see :func:`kernels_pallas.common.dispatch`.
 
     Raises:
       ValueError: on shapes or dtypes that do not fit together.
     """
-    _check_codes(q_codes, k_codes, bits)
-    return dispatch("hamming_scores", implementation, _SCORES, q_codes, k_codes, bits=bits)
+    _check_codes(q_codes, k_codes, bits, best_of)
+    options = {"bits": bits, "best_of": best_of}
+    return dispatch("hamming_scores", implementation, _SCORES, q_codes, k_codes, **options)
 
 
 def hamming_threshold(
@@ -67,6 +73,7 @@ def hamming_threshold(
     budget: Int[Array, "B T J"],
     *,
     bits: int,
+    best_of: int = 1,
     implementation: Implementation = "auto",
 ) -> Threshold:
     """The ``budget`` best keys of every list among the candidates [start, stop), in O(T) memory.
@@ -82,6 +89,7 @@ def hamming_threshold(
       stop: one past the last candidate; ``stop <= start`` leaves nothing to select.
       budget: keys to select; more than there are candidates selects all, 0 or less none.
       bits: length of a code.
+      best_of: parts of the G codes, of which a key's best counts.
       implementation: backend name.
 
     Returns:
@@ -90,7 +98,7 @@ def hamming_threshold(
     Raises:
       ValueError: on shapes or dtypes that do not fit together.
     """
-    _check_codes(q_codes, k_codes, bits)
+    _check_codes(q_codes, k_codes, bits, best_of)
     _check_rows(q_codes, budget, start=start, stop=stop)
     keys = k_codes.shape[3]
     start, stop = (jnp.clip(x, 0, keys).astype(jnp.int32) for x in (start, stop))
@@ -104,6 +112,7 @@ def hamming_threshold(
         stop,
         budget.astype(jnp.int32),
         bits=bits,
+        best_of=best_of,
     )
 
 
@@ -118,6 +127,7 @@ def hamming_select(
     slots: int,
     first: Int[Array, "B T"] | None = None,
     last: Int[Array, "B T"] | None = None,
+    best_of: int = 1,
     implementation: Implementation = "auto",
 ) -> Int[Array, "B T J P"]:
     """The selection of :func:`hamming_threshold` as lists of positions, with forced neighbours.
@@ -132,6 +142,7 @@ def hamming_select(
       stop: one past the last candidate; taken as ``start`` where it is less.
       budget: candidates to select.
       bits: length of a code.
+      best_of: parts of the G codes, of which a key's best counts.
       slots: P. A list that needs more keeps its P earliest keys, so give it room for the forced
         keys and the budget.
       first: first forced key, default ``start``.
@@ -147,7 +158,7 @@ def hamming_select(
     """
     first = start if first is None else first
     last = stop if last is None else last
-    _check_codes(q_codes, k_codes, bits)
+    _check_codes(q_codes, k_codes, bits, best_of)
     _check_rows(q_codes, budget, start=start, stop=stop, first=first, last=last)
     if slots < 1:
         raise ValueError(f"slots={slots} must be at least 1")
@@ -171,11 +182,12 @@ def hamming_select(
         last,
         budget.astype(jnp.int32),
         bits=bits,
+        best_of=best_of,
         slots=slots,
     )
 
 
-def _check_codes(q_codes: Array, k_codes: Array, bits: int) -> None:
+def _check_codes(q_codes: Array, k_codes: Array, bits: int, best_of: int) -> None:
     if q_codes.ndim != 5 or k_codes.ndim != 4:
         raise ValueError(
             f"q_codes {q_codes.shape} must be [B, T, J, G, W] and k_codes {k_codes.shape} "
@@ -194,6 +206,8 @@ def _check_codes(q_codes: Array, k_codes: Array, bits: int) -> None:
         )
     if bits < 1 or word_count(bits) != W:
         raise ValueError(f"bits={bits} take {word_count(max(bits, 0))} words, the codes have {W}")
+    if best_of < 1 or q_codes.shape[3] % best_of:
+        raise ValueError(f"best_of={best_of} must divide the G={q_codes.shape[3]} codes of a list")
     if 0 in q_codes.shape or 0 in k_codes.shape:
         raise ValueError(f"q_codes {q_codes.shape} and k_codes {k_codes.shape} must not be empty")
 

@@ -59,6 +59,7 @@ def hamming_scores(
     k_codes: UInt32[Array, "B J W S"],
     *,
     bits: int,
+    best_of: int = 1,
     tiles: Tiles | None = None,
 ) -> Int[Array, "B T J S"]:
     """See :func:`kernels_pallas.hamming.hamming_scores`.
@@ -67,7 +68,7 @@ def hamming_scores(
       NotImplementedError: off Hopper; for groups above 63 codes or 4095 bits.
     """
     check_device()
-    plan = plan_for(q_codes, k_codes, bits, tiles)
+    plan = plan_for(q_codes, k_codes, bits, best_of, tiles)
     nothing = jnp.zeros(q_codes.shape[:2], jnp.int32)
     result = scores(tables_of(q_codes, nothing, nothing, plan), k_codes, plan)
     return result.reshape(*q_codes.shape[:3], plan.keys)
@@ -81,6 +82,7 @@ def hamming_threshold(
     budget: Int[Array, "B T J"],
     *,
     bits: int,
+    best_of: int = 1,
     tiles: Tiles | None = None,
 ) -> Threshold:
     """See :func:`kernels_pallas.hamming.hamming_threshold`; memory as this page says.
@@ -89,7 +91,7 @@ def hamming_threshold(
       NotImplementedError: as :func:`hamming_scores`.
     """
     check_device()
-    plan = plan_for(q_codes, k_codes, bits, tiles)
+    plan = plan_for(q_codes, k_codes, bits, best_of, tiles)
 
     def rows(call: _Call) -> Threshold:
         cut = _cut(call, k_codes, plan)
@@ -114,6 +116,7 @@ def hamming_select(
     *,
     bits: int,
     slots: int,
+    best_of: int = 1,
     tiles: Tiles | None = None,
 ) -> Int[Array, "B T J P"]:
     """See :func:`kernels_pallas.hamming.hamming_select`; memory as this page says.
@@ -122,7 +125,7 @@ def hamming_select(
       NotImplementedError: as :func:`hamming_scores`.
     """
     check_device()
-    plan = plan_for(q_codes, k_codes, bits, tiles)
+    plan = plan_for(q_codes, k_codes, bits, best_of, tiles)
 
     def rows(call: _Call) -> Array:
         cut = _cut(call, k_codes, plan)

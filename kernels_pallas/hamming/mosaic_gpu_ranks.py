@@ -7,6 +7,7 @@ every lane in bytes, four levels to a word.
 
 from __future__ import annotations
 
+import functools
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -73,17 +74,23 @@ class Plan:
     words: int
     keys: int
     bits: int
+    best_of: int
     tiles: Tiles
 
     @property
     def highest(self) -> int:
         """The largest distance."""
-        return self.group * self.bits
+        return self.group // self.best_of * self.bits
 
     @property
     def planes(self) -> int:
-        """Masks of the summed codes."""
-        return mask_count(self.group)
+        """Masks of a part's summed codes."""
+        return mask_count(self.group // self.best_of)
+
+    @property
+    def part(self) -> int:
+        """Numbers of a part in a row's table."""
+        return self.words * (1 + self.planes) + 1
 
     @property
     def shift(self) -> int:
@@ -115,6 +122,7 @@ def plan_for(
     q_codes: UInt32[Array, "B T J G W"],
     k_codes: UInt32[Array, "B J W S"],
     bits: int,
+    best_of: int = 1,
     tiles: Tiles | None = None,
 ) -> Plan:
     """The plan of a call, with ``tiles``, measured ones or sizes by rule.
@@ -123,9 +131,10 @@ def plan_for(
       NotImplementedError: for groups or codes beyond what bytes and two histograms hold.
     """
     _, queries, lists, group, words = q_codes.shape
-    if group > _MOST_CODES or group * bits >= _MOST_LEVELS:
+    summed = group // best_of
+    if summed > _MOST_CODES or summed * bits >= _MOST_LEVELS:
         raise NotImplementedError(
-            f"hamming: a group of {group} codes of {bits} bits exceeds {_MOST_CODES} codes or "
+            f"hamming: a sum of {summed} codes of {bits} bits exceeds {_MOST_CODES} codes or "
             f"{_MOST_LEVELS - 1} levels; use implementation='xla'"
         )
     keys = k_codes.shape[3]
@@ -139,7 +148,7 @@ def plan_for(
         words=words,
         queries=min(queries, _MANY),
     )
-    return Plan(queries, lists, group, words, keys, bits, tiles)
+    return Plan(queries, lists, group, words, keys, bits, best_of, tiles)
 
 
 def _check(tiles: Tiles) -> None:
@@ -155,12 +164,16 @@ def tables_of(
 ) -> Int[Array, "rows columns"]:
     """What a program knows of its row (b, t, j), as int32.
 
-    W majority words, ``planes`` times W masks, then the constant of the distance, start and stop.
+    For each part W majority words, ``planes`` times W masks and the constant of the distance; then
+    start and stop.
     """
-    majority, digits, constant = sum_codes(q_codes, plan.bits)
-    ends = (jnp.broadcast_to(x[:, :, None], constant.shape) for x in (start, stop))
-    masks = jax.lax.bitcast_convert_type(jnp.concatenate([majority, *digits], axis=-1), jnp.int32)
-    table = jnp.concatenate([masks, jnp.stack([constant, *ends], axis=-1)], axis=-1)
+    columns = []
+    for part in jnp.split(q_codes, plan.best_of, axis=3):
+        majority, masks, constant = sum_codes(part, plan.bits)
+        words = jax.lax.bitcast_convert_type(jnp.concatenate([majority, *masks], -1), jnp.int32)
+        columns += [words, constant[..., None]]
+    ends = (jnp.broadcast_to(x[:, :, None, None], columns[-1].shape) for x in (start, stop))
+    table = jnp.concatenate([*columns, *ends], axis=-1)
     return table.reshape(-1, table.shape[-1])
 
 
@@ -320,18 +333,26 @@ def _loaded(refs: Any, first: jax.Array, plan: Plan) -> list[tuple[jax.Array, li
 
 
 def _distance(words: list[jax.Array], refs: Any, plan: Plan) -> jax.Array:
-    """Summed distances of keys; see the formula above."""
-    total = refs.known[-1]
+    """Distances of keys: the least of the parts', each summed by its formula."""
+    return functools.reduce(
+        jnp.minimum,
+        (_summed(words, refs.known[n * plan.part :], plan) for n in range(plan.best_of)),
+    )
+
+
+def _summed(words: list[jax.Array], known: list[Any], plan: Plan) -> jax.Array:
+    """Distances to the codes of a part, summed; see :class:`SummedCodes`."""
+    total = known[plan.part - 1]
     for w, key in enumerate(words):
-        x = key ^ refs.known[w]
+        x = key ^ known[w]
         weighted = None
         for plane in reversed(range(plan.planes)):
-            ones = _ones(x & refs.known[plan.words * (1 + plane) + w])
+            ones = _ones(x & known[plan.words * (1 + plane) + w])
             weighted = ones if weighted is None else weighted + weighted + ones
         if weighted is not None:
             folded = _folded(weighted)
             total = total + (folded + folded)
-        if plan.group % 2:
+        if plan.group // plan.best_of % 2:
             total = total + _folded(_ones(x))
     return total
 
@@ -372,7 +393,7 @@ def _run(
         refs.chunk = lax.rem(program, jnp.int32(plan.chunks))
         sequence = lax.div(refs.row, jnp.int32(plan.queries * plan.lists))
         refs.codes = sequence * plan.lists + lax.rem(refs.row, jnp.int32(plan.lists))
-        ends = plan.words * (1 + plan.planes) + 1
+        ends = plan.best_of * plan.part
         # Read once: stores in a loop keep the compiler from doing so.
         refs.known = [refs.table[refs.row, n] for n in range(ends)] if "keys" in operands else []
         refs.start, refs.stop = refs.table[refs.row, ends], refs.table[refs.row, ends + 1]

@@ -74,11 +74,12 @@ def hamming_scores(
     k_codes: UInt32[Array, "B J W S"],
     *,
     bits: int,
+    best_of: int = 1,
     tiles: Tiles | None = None,
 ) -> Int[Array, "B T J S"]:
     """Arguments and results as in the api."""
     B, T, J, G, W = q_codes.shape
-    plan = _plan_for(q_codes, k_codes, bits, tiles, own=False)
+    plan = _plan_for(q_codes, k_codes, bits, best_of, tiles, own=False)
     keys = _whole(plan, k_codes)
     codes = _fields(plan, q_codes, ())
     rows = codes.shape[2]
@@ -136,6 +137,7 @@ def hamming_threshold(
     budget: Int[Array, "B T J"],
     *,
     bits: int,
+    best_of: int = 1,
     tiles: Tiles | None = None,
 ) -> Threshold:
     """Arguments and results as in the api; O(T) memory.
@@ -143,7 +145,7 @@ def hamming_threshold(
     Raises:
       NotImplementedError: if the ranks of eight rows do not fit into vector memory.
     """
-    plan = _plan_for(q_codes, k_codes, bits, tiles)
+    plan = _plan_for(q_codes, k_codes, bits, best_of, tiles)
     keys = _whole(plan, k_codes)
     stop = jnp.maximum(stop, start)
     fields = _fields(plan, q_codes, _ranges(start, start, stop, stop, budget))
@@ -162,6 +164,7 @@ def hamming_select(
     *,
     bits: int,
     slots: int,
+    best_of: int = 1,
     tiles: Tiles | None = None,
 ) -> Int[Array, "B T J P"]:
     """Arguments and results as in the api; O(T P) memory.
@@ -169,7 +172,7 @@ def hamming_select(
     Raises:
       NotImplementedError: if the ranks of eight rows and their lists do not fit into vector memory.
     """
-    plan = _plan_for(q_codes, k_codes, bits, tiles, slots=slots)
+    plan = _plan_for(q_codes, k_codes, bits, best_of, tiles, slots=slots)
     keys = _whole(plan, k_codes)
     fields = _fields(plan, q_codes, _ranges(first, start, stop, last, budget))
     out = _call(plan, fields, keys, q_codes.shape)
@@ -180,6 +183,7 @@ def _plan_for(
     q_codes: Array,
     k_codes: Array,
     bits: int,
+    best_of: int,
     tiles: Tiles | None,
     *,
     own: bool | None = None,
@@ -193,7 +197,7 @@ def _plan_for(
 
     def plan_with(tiles: Tiles) -> Plan:
         mine = tiles.own_rows >= T if own is None else own
-        plan = _plan(q_codes, k_codes, bits, tiles, own=mine, slots=slots)
+        plan = _plan(q_codes, k_codes, bits, best_of, tiles, own=mine, slots=slots)
         if own is None:
             _check_memory(plan)
         return plan
@@ -214,7 +218,14 @@ def _plan_for(
 
 
 def _plan(
-    q_codes: Array, k_codes: Array, bits: int, tiles: Tiles, *, own: bool, slots: int = 0
+    q_codes: Array,
+    k_codes: Array,
+    bits: int,
+    best_of: int,
+    tiles: Tiles,
+    *,
+    own: bool,
+    slots: int = 0,
 ) -> Plan:
     B, _, J, G, W = q_codes.shape
     keys = k_codes.shape[3]
@@ -227,7 +238,8 @@ def _plan(
         own=own,
         group=G,
         words=W,
-        highest=G * bits,
+        best_of=best_of,
+        highest=G // best_of * bits,
         keys=keys,
         padded=round_up(stretches, copied) * STRETCH,
         copied=copied * STRETCH,

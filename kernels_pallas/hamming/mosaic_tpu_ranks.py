@@ -12,6 +12,7 @@ Ranks lie as [128-key chunk, row, lane]: a vector register holds one chunk of al
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -42,7 +43,8 @@ class Plan:
     Attributes:
       own: every row has keys of its own (rows are lists); otherwise all rows share a list's.
       group, words: G and W.
-      highest: G * bits, the largest distance.
+      best_of: parts of the G codes, of which the nearest counts.
+      highest: G / best_of * bits, the largest distance.
       keys: S.
       padded: S in whole copies.
       copied: keys a copy brings.
@@ -53,6 +55,7 @@ class Plan:
     own: bool
     group: int
     words: int
+    best_of: int
     highest: int
     keys: int
     padded: int
@@ -107,15 +110,18 @@ def positions(stretch: Any) -> Int[Array, "8 1 128"]:
 def distances(
     plan: Plan, words: list[UInt32[Array, "R 1024"]], codes: list[UInt32[Array, "8 128"]]
 ) -> Int[Array, "8 8 128"]:
-    """Summed Hamming distances of a stretch; R is 8, or 1 if the rows share their keys."""
-    total = jnp.zeros((8, ROWS, LANES), jnp.int32)
+    """Distances of a stretch, summed over a part's codes, the least of the parts; R is 8, or 1 if
+    the rows share their keys.
+    """
+    totals = [jnp.zeros((8, ROWS, LANES), jnp.int32)] * plan.best_of
     for w, word in enumerate(words):
         parts = [word[:, n * LANES : (n + 1) * LANES] for n in range(8)]
         spread = jnp.broadcast_to(jnp.stack(parts), (8, ROWS, LANES))
         for g in range(plan.group):
             differing = spread ^ codes[g * plan.words + w][None]
-            total += jax.lax.population_count(differing).astype(jnp.int32)
-    return total
+            part = g * plan.best_of // plan.group
+            totals[part] += jax.lax.population_count(differing).astype(jnp.int32)
+    return functools.reduce(jnp.minimum, totals)
 
 
 def fill(plan, row, codes, keys, tile, sub, ranks, buffer, arrived):

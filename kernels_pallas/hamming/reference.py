@@ -9,12 +9,18 @@ from kernels_pallas.hamming.codes import Threshold, code_signs
 
 
 def hamming_scores_reference(
-    q_codes: UInt32[Array, "B T J G W"], k_codes: UInt32[Array, "B J W S"], *, bits: int
+    q_codes: UInt32[Array, "B T J G W"],
+    k_codes: UInt32[Array, "B J W S"],
+    *,
+    bits: int,
+    best_of: int = 1,
 ) -> Int[Array, "B T J S"]:
     """See :func:`kernels_pallas.hamming.hamming_scores`."""
     queries = code_signs(q_codes, bits, jnp.int32)
     keys = code_signs(jnp.swapaxes(k_codes, 2, 3), bits, jnp.int32)
-    return jnp.einsum("BTJGb,BJSb->BTJS", queries, keys)
+    scores = jnp.einsum("BTJGb,BJSb->BTJGS", queries, keys)
+    parts = scores.reshape(*scores.shape[:3], best_of, -1, scores.shape[4])
+    return jnp.max(jnp.sum(parts, axis=4), axis=3)
 
 
 def hamming_threshold_reference(
@@ -25,11 +31,12 @@ def hamming_threshold_reference(
     budget: Int[Array, "B T J"],
     *,
     bits: int,
+    best_of: int = 1,
 ) -> Threshold:
     """See :func:`kernels_pallas.hamming.hamming_threshold`; O(T*S) memory and a sort."""
-    scores = hamming_scores_reference(q_codes, k_codes, bits=bits)
+    scores = hamming_scores_reference(q_codes, k_codes, bits=bits, best_of=best_of)
     keys = scores.shape[3]
-    highest = q_codes.shape[3] * bits
+    highest = q_codes.shape[3] // best_of * bits
     s = jnp.arange(keys, dtype=jnp.int32)[None, None, None, :]
     candidate = (s >= start[:, :, None, None]) & (s < stop[:, :, None, None])
     # From the most recent key backwards, so that a stable sort keeps recent ones ahead of equals.
@@ -56,10 +63,12 @@ def hamming_select_reference(
     *,
     bits: int,
     slots: int,
+    best_of: int = 1,
 ) -> Int[Array, "B T J P"]:
     """See :func:`kernels_pallas.hamming.hamming_select`."""
-    threshold = hamming_threshold_reference(q_codes, k_codes, start, stop, budget, bits=bits)
-    scores = hamming_scores_reference(q_codes, k_codes, bits=bits)
+    options = {"bits": bits, "best_of": best_of}
+    threshold = hamming_threshold_reference(q_codes, k_codes, start, stop, budget, **options)
+    scores = hamming_scores_reference(q_codes, k_codes, **options)
     keys = scores.shape[3]
     positions = jnp.arange(keys, dtype=jnp.int32)
     s = positions[None, None, None, :]

@@ -9,6 +9,7 @@ which is the same number.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -38,11 +39,15 @@ class _Call(NamedTuple):
 
 
 def hamming_scores_xla(
-    q_codes: UInt32[Array, "B T J G W"], k_codes: UInt32[Array, "B J W S"], *, bits: int
+    q_codes: UInt32[Array, "B T J G W"],
+    k_codes: UInt32[Array, "B J W S"],
+    *,
+    bits: int,
+    best_of: int = 1,
 ) -> Int[Array, "B T J S"]:
     """See :func:`kernels_pallas.hamming.hamming_scores`."""
-    highest = q_codes.shape[3] * bits
-    return highest - 2 * _distances(q_codes, k_codes, bits)(q_codes).astype(jnp.int32)
+    highest = q_codes.shape[3] // best_of * bits
+    return highest - 2 * _distances(q_codes, k_codes, bits, best_of)(q_codes).astype(jnp.int32)
 
 
 def hamming_threshold_xla(
@@ -53,10 +58,11 @@ def hamming_threshold_xla(
     budget: Int[Array, "B T J"],
     *,
     bits: int,
+    best_of: int = 1,
 ) -> Threshold:
     """See :func:`kernels_pallas.hamming.hamming_threshold`; O(chunk * S) memory."""
-    highest, keys = q_codes.shape[3] * bits, k_codes.shape[3]
-    distances = _distances(q_codes, k_codes, bits)
+    highest, keys = q_codes.shape[3] // best_of * bits, k_codes.shape[3]
+    distances = _distances(q_codes, k_codes, bits, best_of)
 
     def rows(call: _Call) -> Threshold:
         ranks = _ranks(distances(call.q_codes), call, highest)
@@ -81,10 +87,11 @@ def hamming_select_xla(
     *,
     bits: int,
     slots: int,
+    best_of: int = 1,
 ) -> Int[Array, "B T J P"]:
     """See :func:`kernels_pallas.hamming.hamming_select`."""
-    highest, keys = q_codes.shape[3] * bits, k_codes.shape[3]
-    distances = _distances(q_codes, k_codes, bits)
+    highest, keys = q_codes.shape[3] // best_of * bits, k_codes.shape[3]
+    distances = _distances(q_codes, k_codes, bits, best_of)
 
     def rows(call: _Call) -> Array:
         ranks = _ranks(distances(call.q_codes), call, highest)
@@ -98,9 +105,19 @@ def hamming_select_xla(
     return _in_chunks(rows, call, keys)
 
 
-def _distances(q_codes: Array, k_codes: Array, bits: int) -> Callable[[Array], Array]:
-    """The function from query codes [B, c, J, G, W] to summed Hamming distances [B, c, J, S]."""
-    words, group = q_codes.shape[4], q_codes.shape[3]
+def _distances(q_codes: Array, k_codes: Array, bits: int, best_of: int) -> Callable[[Array], Array]:
+    """The function from query codes [B, c, J, G, W] to distances [B, c, J, S]: the least of the
+    sums of each part of the codes.
+    """
+    words, group = q_codes.shape[4], q_codes.shape[3] // best_of
+
+    def least(distances: Callable[[Array], Array]) -> Callable[[Array], Array]:
+        def of_parts(q_codes: Array) -> Array:
+            parts = jnp.split(q_codes, best_of, axis=3)
+            return functools.reduce(jnp.minimum, (distances(part) for part in parts))
+
+        return of_parts
+
     if q_codes.shape[1] < PRODUCT_ROWS:
 
         def by_popcount(q_codes: Array) -> Array:
@@ -115,7 +132,7 @@ def _distances(q_codes: Array, k_codes: Array, bits: int) -> Callable[[Array], A
                     total = total + (counted << (digit + 1))
             return total
 
-        return by_popcount
+        return least(by_popcount)
 
     # Small integers: exact in either dtype. A group's signs add up before the product.
     dtype = jnp.float32 if jax.default_backend() == "cpu" or group * bits > 256 else jnp.bfloat16
@@ -127,7 +144,7 @@ def _distances(q_codes: Array, k_codes: Array, bits: int) -> Callable[[Array], A
         scores = jnp.matmul(jnp.moveaxis(queries, 1, 2), keys, preferred_element_type=jnp.float32)
         return jnp.moveaxis((group * bits - scores) * 0.5, 2, 1)
 
-    return by_product
+    return least(by_product)
 
 
 def _ranks(distances: Array, call: _Call, highest: int) -> Int[Array, "B c J S"]:

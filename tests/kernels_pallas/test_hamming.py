@@ -32,9 +32,10 @@ def codes(q, k):
     return pack_codes(jnp.asarray(q)), jnp.transpose(pack_codes(jnp.asarray(k)), (0, 2, 3, 1))
 
 
-def dot_of_signs(q, k):
+def dot_of_signs(q, k, best_of=1):
     q, k = (2 * x.astype(np.int64) - 1 for x in (q, k))
-    return np.einsum("btjgi,bsji->btjs", q, k)
+    parts = np.split(q, best_of, axis=3)
+    return np.max([np.einsum("btjgi,bsji->btjs", part, k) for part in parts], axis=0)
 
 
 def best(scores, start, stop, budget):
@@ -68,20 +69,29 @@ def test_score_is_bits_minus_twice_hamming_is_the_dot_product_of_signs(implement
     np.testing.assert_array_equal(got, dot_of_signs(q, k))
 
 
-def check(q, k, start, stop, budget, first, last, slots, bits, implementation):
+@every_backend
+@pytest.mark.parametrize("T", [3, 9])
+def test_best_of_parts(implementation, T):
+    q, k = example(2, T=T, G=6)
+    got = hamming_scores(*codes(q, k), bits=16, best_of=3, implementation=implementation)
+    np.testing.assert_array_equal(got, dot_of_signs(q, k, 3))
+
+
+def check(q, k, start, stop, budget, first, last, slots, bits, implementation, best_of=1):
     """Threshold and lists of one call against the stable sort."""
     q_codes, k_codes = codes(q, k)
-    scores = dot_of_signs(q, k)
+    scores = dot_of_signs(q, k, best_of)
     B, T, J, S = scores.shape
     arrays = [jnp.asarray(x, jnp.int32) for x in (start, stop, budget)]
     threshold = hamming_threshold(
-        q_codes, k_codes, *arrays, bits=bits, implementation=implementation
+        q_codes, k_codes, *arrays, bits=bits, best_of=best_of, implementation=implementation
     )
     indices = hamming_select(
         q_codes,
         k_codes,
         *arrays,
         bits=bits,
+        best_of=best_of,
         slots=slots,
         first=jnp.asarray(first, jnp.int32),
         last=jnp.asarray(last, jnp.int32),
@@ -94,7 +104,7 @@ def check(q, k, start, stop, budget, first, last, slots, bits, implementation):
         low, high = int(start[b, t]), int(stop[b, t])
         chosen = best(scores[b, t, j], low, high, int(budget[b, t, j]))
         worst = (int(threshold.level[b, t, j]), int(threshold.cutoff[b, t, j]))
-        empty = (q.shape[3] * bits, S)
+        empty = (q.shape[3] // best_of * bits, S)
         assert worst == ((scores[b, t, j, chosen[-1]], chosen[-1]) if chosen else empty)
         assert sorted(chosen) == [s for s in range(low, high) if passes[b, t, j, s]]
         forced = [*range(first[b, t], low), *range(max(low, high), last[b, t])]
@@ -107,19 +117,21 @@ SHAPES = {
     "few": {"T": 3, "J": 2, "G": 2, "S": 45, "bits": 16},
     "many": {"T": 9, "J": 1, "G": 3, "S": 64, "bits": 40},
 }
+BEST_OF = {"few": 2, "many": 1}
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @settings(derandomize=True, deadline=None, max_examples=12)
 @given(seed=st.integers(0, 2**16), noise=st.sampled_from([0.0, 0.05, 0.5]))
 def test_histogram_selection_is_the_stable_sort(shape, seed, noise):
-    shape = SHAPES[shape]
+    best_of, shape = BEST_OF[shape], SHAPES[shape]
     q, k = example(seed, noise=noise, **shape)
     rng = np.random.default_rng(seed)
     B, T, J, S = 2, shape["T"], shape["J"], shape["S"]
     edges = np.sort(rng.integers(0, S + 1, (4, B, T)), axis=0)
     budget = rng.integers(-1, S + 2, (B, T, J))
-    check(q, k, edges[1], edges[2], budget, edges[0], edges[3], S, shape["bits"], "xla")
+    ranges = edges[1], edges[2], budget, edges[0], edges[3]
+    check(q, k, *ranges, S, shape["bits"], "xla", best_of)
 
 
 @every_backend
@@ -211,6 +223,8 @@ def test_errors_name_the_values():
         select(k=k_codes[:, :1])
     with pytest.raises(ValueError, match="bits=40 take 2 words, the codes have 1"):
         select(bits=40)
+    with pytest.raises(ValueError, match="best_of=3 must divide the G=2"):
+        select(best_of=3)
     with pytest.raises(ValueError, match="must not be empty"):
         select(k=k_codes[..., :0])
     with pytest.raises(ValueError, match=r"start \(2, 2\) must be"):

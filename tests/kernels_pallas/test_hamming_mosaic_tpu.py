@@ -28,6 +28,7 @@ class Case:
     bits: int = 16
     noise: float = 0.1
     slots: int = 45
+    best_of: int = 1
 
 
 def example(case, seed):
@@ -46,7 +47,7 @@ def example(case, seed):
 
 def run(case, implementation, seed, ops):
     q, k, first, start, stop, last, budget = example(case, seed)
-    options = {"bits": case.bits, "implementation": implementation}
+    options = {"bits": case.bits, "best_of": case.best_of, "implementation": implementation}
 
     def scores():
         return hamming_scores(q, k, **options)
@@ -80,7 +81,7 @@ def check(case, seed=0, ops=("scores", "threshold", "select")):
     ("case", "ops"),
     [
         (Case(T=1, G=8, S=1100, slots=140, noise=0.3), ("threshold", "select")),
-        (Case(T=9, J=1, G=3, S=200, bits=40, slots=150), ("scores", "select")),
+        (Case(T=9, J=1, G=6, S=200, bits=40, slots=150, best_of=2), ("scores", "select")),
     ],
     ids=["decode", "rows"],
 )
@@ -121,6 +122,8 @@ def test_random_shapes():
             noise=float(rng.choice([0.0, 0.05, 0.5])),
             slots=int(rng.choice([1, 16, 127, 128, 129, 600])),
         )
+        if seed % 3 == 0:
+            case = dataclasses.replace(case, best_of=case.G)
         ops = [("threshold", "select"), ("scores", "select")][seed % 2]
         try:
             check(case, seed, ops)

@@ -87,7 +87,8 @@ def levels(config, u):
 def select(config, item):
     """Step 3 of the module's docstring, by a sort."""
     t, first = item["row"][1], item["first"]
-    agree = levels(config, item["u_q"]).sum(axis=0) @ np.where(item["u_k"] > 0, 1, -1).T
+    agree = levels(config, item["u_q"]) @ np.where(item["u_k"] > 0, 1, -1).T
+    agree = agree.max(axis=0) if config.group_score == "max" else agree.sum(axis=0)
     ordered = sorted(item["candidates"], key=lambda s: (-agree[s], -s))
     sinks = range(first, min(first + config.sinks, t + 1))
     recent = range(max(first, t - config.recent + 1), t + 1)
