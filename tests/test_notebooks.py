@@ -189,7 +189,7 @@ def test_hash_attention_is_fitted_and_compared(run, texts, model):
         }""",
         MODEL=model,
         SOURCE=texts,
-        STEPS=4,
+        STEPS=16,
         SEQUENCE_LENGTH=64,
         LENGTH=128,
         SCORED=60,
@@ -202,7 +202,7 @@ def test_hash_attention_is_fitted_and_compared(run, texts, model):
         LONG=128,
         LONG_SCORED=60,
     )
-    assert found["losses"][-1] < 0.9 * found["losses"][0]
+    assert np.mean(found["losses"][-5:]) < 0.9 * np.mean(found["losses"][:10])
     rows = {name: (value, over, metrics) for name, _, value, over, metrics in found["rows"]}
     names = ("random", "quest", "hash", "oracle")
     assert set(rows) == {"dense", "streaming", *names}
