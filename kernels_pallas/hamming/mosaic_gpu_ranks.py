@@ -78,14 +78,19 @@ class Plan:
     tiles: Tiles
 
     @property
+    def summed(self) -> int:
+        """Codes of a part, whose distances are summed."""
+        return self.group // self.best_of
+
+    @property
     def highest(self) -> int:
         """The largest distance."""
-        return self.group // self.best_of * self.bits
+        return self.summed * self.bits
 
     @property
     def planes(self) -> int:
         """Masks of a part's summed codes."""
-        return mask_count(self.group // self.best_of)
+        return mask_count(self.summed)
 
     @property
     def part(self) -> int:
@@ -352,7 +357,7 @@ def _summed(words: list[jax.Array], known: list[Any], plan: Plan) -> jax.Array:
         if weighted is not None:
             folded = _folded(weighted)
             total = total + (folded + folded)
-        if plan.group // plan.best_of % 2:
+        if plan.summed % 2:
             total = total + _folded(_ones(x))
     return total
 

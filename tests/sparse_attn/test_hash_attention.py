@@ -395,7 +395,7 @@ def test_fitting_teaches_the_codes_what_attention_wants():
         params, state, aux = step(params, state)
         metrics.append(jax.device_get(aux.metrics))
     assert metrics[0]["hash_recall"] < 0.4
-    assert metrics[-1]["hash_recall"] > metrics[0]["hash_recall"] + 0.2
+    assert metrics[-1]["hash_recall"] > metrics[0]["hash_recall"] + 0.25
     assert metrics[0]["hash_temperature"] == 1
     assert metrics[-1]["hash_temperature"] < 0.31
 
