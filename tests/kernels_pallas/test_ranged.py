@@ -93,7 +93,8 @@ def test_xla_equals_reference_float64(x64, kind, shape):
     [
         (1, 37, 37, 2, 2, 8, 8),  # groups of one
         (1, 20, 9, 12, 3, 8, 4),  # groups of four, fewer keys than a step
-        (1, 2, 40, 6, 3, 8, 4),  # few rows, odd number of kv heads
+        (1, 2, 40, 6, 3, 8, 4),  # few rows, three kv heads share a product
+        (1, 2, 40, 5, 5, 8, 4),  # few rows, each kv head by itself
         (1, 1, 1100, 4, 2, 8, 8),  # decode in several steps
     ],
 )
