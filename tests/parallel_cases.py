@@ -20,7 +20,7 @@ TOKENS = 64
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One comparison in float64, of two sequences that pack documents and padding.
+    """One comparison, in float64 unless said, of two sequences that pack documents and padding.
 
     ``config``: name of a tiny variant (``attention_cases.configs``), with ``changes`` to its
     fields. ``data``, ``sequence``, ``tensor``: sizes of the mesh. ``decode``: prefill and steps
@@ -36,6 +36,7 @@ class Case:
     order: str = "natural"
     attend: str = "sparse"
     decode: bool = False
+    dtype: str = "float64"
 
 
 def compare(cases):
@@ -92,7 +93,7 @@ def _segments():
 
 
 @functools.lru_cache(maxsize=1)
-def _on_one_device(config, shape, attend):
+def _on_one_device(config, shape, attend, dtype):
     import attention_cases
 
     from sparse_attn.shards import WHOLE
@@ -101,12 +102,12 @@ def _on_one_device(config, shape, attend):
         assert heads.shards is WHOLE
         return module(heads, segment_ids=ids, attend=attend, inspect=attend == "sparse")
 
-    module = attention_cases.mechanism(config, shape)
-    parts = attention_cases.arrays(shape, config.kv_branches, 2, TOKENS)
-    return module, parts, _gradients(module, call)(parts, *_weights(shape))
+    module = attention_cases.mechanism(config, shape, dtype=dtype)
+    parts = attention_cases.arrays(shape, config.kv_branches, 2, TOKENS, dtype=dtype)
+    return module, parts, _gradients(module, call)(parts, *_weights(shape, dtype))
 
 
-def _weights(shape):
+def _weights(shape, dtype):
     import jax.numpy as jnp
     import numpy as np
 
@@ -114,7 +115,7 @@ def _weights(shape):
     drawn = np.random.default_rng(3).standard_normal(
         (2, TOKENS, shape.query_heads, shape.value_width)
     )
-    return jnp.asarray(drawn * (ids > 0)[..., None, None]), jnp.asarray(ids)
+    return jnp.asarray(drawn * (ids > 0)[..., None, None], dtype), jnp.asarray(ids)
 
 
 def _gradients(module, call):
@@ -143,7 +144,7 @@ def _train(case):
     from sparse_attn.parallel import call, zigzag_order
 
     config, shape, parallel = _parts(case)
-    module, parts, one = _on_one_device(config, shape, case.attend)
+    module, parts, one = _on_one_device(config, shape, case.attend, case.dtype)
     order = np.arange(TOKENS)
     if case.order == "zigzag":
         order = zigzag_order(TOKENS, case.sequence)
@@ -161,7 +162,7 @@ def _train(case):
     def ordered(array, order):
         return np.asarray(array)[:, :, order] if array.ndim == 5 else np.asarray(array)[:, order]
 
-    weights, ids = _weights(shape)
+    weights, ids = _weights(shape, case.dtype)
     (by_parts, by_params), (out, loss, statistics, indices) = _gradients(module, split)(
         tuple(ordered(part, order) for part in parts), ordered(weights, order), ordered(ids, order)
     )
