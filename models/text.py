@@ -24,6 +24,7 @@ def generate_text(
     sampling: Sampling | None = None,
     seed: int | Sequence[int] = 0,
     on_text: Callable[[int, str], Any] | None = None,
+    on_token: Callable[[int], Any] | None = None,
     **options: Any,
 ) -> list[str]:
     """Continue every prompt until a stop string, the end token or ``max_new_tokens``.
@@ -39,6 +40,7 @@ def generate_text(
       seed: one number for all prompts or one for each.
       on_text: called with a prompt's number and the text that came to be certain: no character is
         cut in two and nothing of it is taken back by a stop string.
+      on_token: called with a prompt's number for every token of its continuation.
       **options: of :func:`models.generate.stream`.
 
     Returns:
@@ -58,6 +60,8 @@ def generate_text(
     texts = [Continuation(tokenizer, stop) for _ in encoded]
 
     def ended(row: int, tokens: list[int]) -> bool:
+        if on_token is not None:
+            on_token(row)
         certain = texts[row].read(tokens)
         if certain and on_text is not None:
             on_text(row, certain)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-from collections.abc import Callable, Mapping
+import difflib
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -155,7 +156,7 @@ def parse_mechanism(
     known = MECHANISMS | POLICIES if known is None else known
     name, _, settings = text.partition(":")
     if name not in known:
-        raise ValueError(f"{name!r} is none of the known: {', '.join(known)}")
+        raise ValueError(f"{name!r} is none of the known: {listed(known, name)}")
     kind: Any = known[name]
     fields = [field.name for field in dataclasses.fields(kind)]
     wanted = ValueError(f"{text!r} must read NAME:FIELD=VALUE,... with FIELD of {fields}")
@@ -176,6 +177,13 @@ def parse_mechanism(
         return kind(**values)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{text!r}: {error}") from error
+
+
+def listed(known: Iterable[str], mistaken: str) -> str:
+    """The known names for an error message, and which of them was probably meant."""
+    known = list(known)
+    close = difflib.get_close_matches(mistaken.lower(), known, n=1, cutoff=0.4)
+    return ", ".join(known) + "".join(f"; did you mean {name}?" for name in close)
 
 
 def mechanism_text(config: MechanismConfig) -> str:

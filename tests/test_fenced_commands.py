@@ -328,6 +328,8 @@ def run(words):
             arguments[arguments.index(flag) + 1] = value
         elif name in ADDED and value:
             arguments += [flag, value]
+    if "perplexity" in arguments and "--scored" not in arguments:
+        arguments += ["--scored", "64"]  # of 192 tokens; 512 unless told
     if any(word.startswith("--mesh.") for word in arguments):
         code = (
             "import sys; import test_fenced_commands; from train import recipes; "

@@ -11,7 +11,7 @@ from typing import Annotated
 import tyro
 
 from models.command_line import program
-from sparse_attn.registry import MECHANISMS, POLICIES
+from sparse_attn.registry import MECHANISMS, POLICIES, listed
 from train.config import ConfigError, RunConfig
 from train.options import PROGRAM, Options
 
@@ -65,7 +65,7 @@ def _replace_mechanism(arguments: list[str], recipe: RunConfig) -> tuple[list[st
     kinds = MECHANISMS | POLICIES
     kind = kinds.get(name.lower())
     if kind is None:
-        raise ConfigError(f"{flag} {name!r} is no mechanism; known: {', '.join(kinds)}")
+        raise ConfigError(f"{flag} {name!r} is no mechanism; known: {listed(kinds, name)}")
     try:
         model = dataclasses.replace(recipe.model, attention=kind())
         return arguments[:at] + arguments[at + 2 :], dataclasses.replace(recipe, model=model)

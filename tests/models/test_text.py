@@ -117,7 +117,7 @@ def test_the_command_line_continues_a_run_with_any_mechanism(run_folder, capsys)
         return capsys.readouterr()
 
     plain = call("--prompt", "My fellow")
-    assert "tokens in" in plain.err
+    assert f"{run_folder}: 4 tokens in" in plain.err
     assert call("--prompt", "My fellow", "--attention", "oracle_topk:budget=64").out == plain.out
     several = call("--prompt", "My fellow", "We")
     assert several.out.startswith("[0] " + plain.out.rstrip("\n"))
@@ -154,7 +154,7 @@ def test_a_mapping_file_goes_from_a_run_to_the_command_line(run_folder, tmp_path
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (("--attention", "questt"), "'questt' is none of the known: .*quest"),
+        (("--attention", "questt"), "'questt' is none of the known: .*; did you mean quest\\?"),
         (("--attention", "quest:budgett=3"), "with FIELD of"),
         (("--chat",), "leave --chat out"),
         (("--top-p", "0"), "top_p=0"),

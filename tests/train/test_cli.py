@@ -155,6 +155,8 @@ def test_mistakes_are_told_without_a_traceback(capsys, tmp_path):
     assert "did you mean --config quickstart?" in message
     assert "needs the name or path of a recipe" in failure(["--config"], capsys)
     assert "known: dense, " in failure([*TINY, "--model.attention", "lsh"], capsys)
+    message = failure([*TINY, "--model.attention", "hash_attention"], capsys)
+    assert message.rstrip().endswith("did you mean hash?")
     missing = [*TINY, "--data.source", str(tmp_path / "none"), "--run-dir", str(tmp_path / "run")]
     assert "matches no .txt, .jsonl or .parquet file" in failure(missing, capsys)
     (tmp_path / "file").write_text("")
