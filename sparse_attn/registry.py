@@ -173,9 +173,16 @@ def parse_mechanism(
         raise wanted from error
     if call.args or not set(values) <= set(fields):
         raise wanted
+    given = [field for field in dataclasses.fields(kind) if field.name in values]
     try:
+        for field in given:
+            if field.type == "int" and not isinstance(values[field.name], int):
+                raise TypeError(f"{field.name}={values[field.name]!r} is no int")
         return kind(**values)
-    except (TypeError, ValueError) as error:
+    except TypeError as error:
+        shown = ",".join(f"{field.name}={field.default!r}" for field in given)
+        raise ValueError(f"{text!r}: a value has another type than in {name}:{shown}") from error
+    except ValueError as error:
         raise ValueError(f"{text!r}: {error}") from error
 
 

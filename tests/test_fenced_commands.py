@@ -56,7 +56,7 @@ SHORTER = {
     "bench_attention": {
         **{"--lengths": "64", "--repetitions": "1", "--decode-lengths": "64"},
         **{"--directions": "forward", "--mechanisms": "", "--picks": "uniform"},
-        **{"--selected-blocks": "2", "--selection-block": "16", "--window": "16"},
+        **{"--selected-blocks": "3", "--selection-block": "16", "--window": "16"},
     },
     "tune_tiles": {"--ops": "ranged_attention", "--lengths": "1024", "--repetitions": "1"},
     "smollm2_grid": {
@@ -64,8 +64,11 @@ SHORTER = {
         **{"--tasks": "nll", "--policies": "dense,hash"},
     },
 }
-# Given to a program whether the command has them or not.
-ADDED = {"models.generate", "bench_attention", "tune_tiles", "smollm2_grid"}
+# Programs that are given them whether the command has them or not, if it has this other flag.
+ADDED = {
+    **dict.fromkeys(("models.generate", "bench_attention", "tune_tiles", "smollm2_grid"), ""),
+    "train.evaluate": "--tasks",
+}
 
 # Commands (their beginnings) that the tests only read, and why.
 NOT_RUN = {
@@ -326,10 +329,8 @@ def run(words):
     for flag, value in SHORTER.get(name, {}).items():
         if flag in arguments:
             arguments[arguments.index(flag) + 1] = value
-        elif name in ADDED and value:
+        elif value and ADDED.get(name, flag) in ("", *arguments):
             arguments += [flag, value]
-    if "perplexity" in arguments and "--scored" not in arguments:
-        arguments += ["--scored", "64"]  # of 192 tokens; 512 unless told
     if any(word.startswith("--mesh.") for word in arguments):
         code = (
             "import sys; import test_fenced_commands; from train import recipes; "

@@ -7,6 +7,7 @@ written to the run folder as ``config.json``, from which it can be rebuilt.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import importlib.util
@@ -18,7 +19,7 @@ from models.transformer import ModelConfig
 from sparse_attn.shards import Order, Strategy
 from train.data import DataConfig
 from train.evaluation.config import EvaluationConfig
-from train.recipes import ConfigError, find_recipe
+from train.recipes import ConfigError, find_recipe, list_recipes
 from train.recipes import UserError as UserError
 from train.tokenizer import TokenizerConfig
 
@@ -338,6 +339,15 @@ def load_recipe(name: str | Path) -> RunConfig:
             f"its `config` is {type(config).__name__}"
         )
     return config
+
+
+def recipe_of_run(run_dir: str | Path) -> str | None:
+    """The name of the packaged recipe that trains ``run_dir`` unless told otherwise."""
+    for recipe in list_recipes():
+        with contextlib.suppress(ConfigError):
+            if load_recipe(recipe.path).run_dir == str(run_dir):
+                return recipe.name
+    return None
 
 
 def to_json(config: Any) -> Any:

@@ -29,6 +29,7 @@ from train.config import (
     UserError,
     check_resumable,
     load_run_config,
+    recipe_of_run,
     save_run_config,
 )
 from train.data import TrainIterator, make_tokenizer, make_train_iterator
@@ -297,6 +298,7 @@ def inherited_tokenizer(config: RunConfig) -> Tokenizer:
         if tokenizer is None:
             raise UserError(f"{config.init_from} comes without a tokenizer: add tokenizer.json")
         return tokenizer
+    check_origin(config)
     theirs = load_run_config(config.init_from).tokenizer
     if theirs != config.tokenizer:
         raise UserError(
@@ -306,6 +308,23 @@ def inherited_tokenizer(config: RunConfig) -> Tokenizer:
     return load_tokenizer(Path(config.init_from) / TOKENIZER_FOLDER)
 
 
+def check_origin(config: RunConfig) -> None:
+    """Find the run that this one starts from, if it starts from a run.
+
+    Raises:
+      UserError: if it is not there; it says which recipe trains it.
+    """
+    source = config.init_from
+    if not source or not is_run(source) or (Path(source) / CONFIG_FILE).exists():
+        return
+    recipe = recipe_of_run(source)
+    trains = f" (python -m train --config {recipe})" if recipe else ""
+    raise UserError(
+        f"this run starts from the weights of {source}, which is no run folder: it has no "
+        f"{CONFIG_FILE}. Train it first{trains}, or name another with --init-from"
+    )
+
+
 def open_run_folder(config: RunConfig, *, resume_with_changes: bool) -> bool:
     """Make the run folder, prove that it can be written, and that it belongs to this run.
 
@@ -313,10 +332,13 @@ def open_run_folder(config: RunConfig, *, resume_with_changes: bool) -> bool:
       Whether there is a checkpoint to resume from.
 
     Raises:
+      UserError: if a new run is to start from another that is not there.
       RunFolderError: if it cannot be made or written.
       ConfigError: if a run with another configuration is to be resumed in it.
     """
     folder = Path(config.run_dir)
+    if not folder.exists():
+        check_origin(config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"

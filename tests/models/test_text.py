@@ -156,6 +156,8 @@ def test_a_mapping_file_goes_from_a_run_to_the_command_line(run_folder, tmp_path
     [
         (("--attention", "questt"), "'questt' is none of the known: .*; did you mean quest\\?"),
         (("--attention", "quest:budgett=3"), "with FIELD of"),
+        (("--attention", "quest:budget=many"), "another type than in quest:budget="),
+        (("--attention", "streaming_llm:recent=1.5"), "another type than in streaming_llm:recent="),
         (("--chat",), "leave --chat out"),
         (("--top-p", "0"), "top_p=0"),
         (("--dense-layers", "9"), "layers 0 to 0"),

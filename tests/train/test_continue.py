@@ -89,8 +89,13 @@ def test_a_source_that_does_not_fit_is_refused(dense):
     wider = dataclasses.replace(wider, model=dataclasses.replace(wider.model, mlp_width=48))
     with pytest.raises(UserError, match="mlp_width: 32 -> 48"):
         run(wider)
-    with pytest.raises(UserError, match=r"no run folder|no checkpoint"):
-        run(dataclasses.replace(continuing(dense, Dense(), "other"), init_from="runs/nowhere"))
+    lost = dataclasses.replace(continuing(dense, Dense(), "other"), init_from="runs/nowhere")
+    with pytest.raises(UserError, match=r"runs/nowhere, which is no run folder.*--init-from"):
+        run(lost)
+    assert not Path(lost.run_dir).exists(), "what cannot begin leaves nothing behind"
+    lost = dataclasses.replace(lost, init_from="runs/quickstart-dense")
+    with pytest.raises(UserError, match=r"Train it first \(python -m train --config quickstart_d"):
+        run(lost)
     other = continuing(
         dense, Dense(), "third", tokenizer=TokenizerConfig(kind="bytes", algorithm="bpe")
     )

@@ -74,7 +74,7 @@ def write_reports(results: Results, folder: str | os.PathLike) -> list[Path]:
 def markdown(results: Results) -> str:
     """The tables of the report."""
     flagged = tables.flagged(results.rows)
-    parts = [f"# {results.title}", _verdict(len(flagged.rows))]
+    parts = [f"# {results.title}", _verdict(results.rows, len(flagged.rows))]
     if flagged.rows:
         parts.append(flagged.markdown())
     for heading, table in (
@@ -153,7 +153,9 @@ def _section(heading: str, lead: str, content: str) -> str:
     return f"<section><h2>{escape(heading)}</h2>{said}{content}</section>"
 
 
-def _verdict(flagged: int) -> str:
+def _verdict(rows: Sequence[Row], flagged: int) -> str:
+    if all(row.cell.policy != DENSE for row in rows):
+        return "Dense attention was not evaluated (--policies dense ...), so nothing is compared."
     if not flagged:
         return "No cell is better than dense attention beyond its interval."
     cells = "cell is" if flagged == 1 else "cells are"
@@ -167,7 +169,7 @@ def _flags(rows: Sequence[Row]) -> str:
     table = tables.flagged(rows)
     kind = "notice" if table.rows else "notice fine"
     shown = _table(table) if table.rows else ""
-    return f'<div class="{kind}"><p>{_verdict(len(table.rows))}</p>{shown}</div>'
+    return f'<div class="{kind}"><p>{_verdict(rows, len(table.rows))}</p>{shown}</div>'
 
 
 def _numbers(rows: Sequence[Row]) -> dict[str, int]:
@@ -310,4 +312,6 @@ def _definitions(found: Mapping[str, Any]) -> str:
 
 
 def _plain(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value)) or "none given"
+    return str(value)

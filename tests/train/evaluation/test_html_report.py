@@ -96,6 +96,14 @@ def test_better_than_dense_is_said_first(results):
     assert "class=flag" not in page(fine)
 
 
+def test_nothing_is_claimed_about_dense_attention_that_was_left_out(results):
+    sparse = tuple(row for row in results.rows if row.cell.policy != "dense")
+    alone = dataclasses.replace(results, rows=sparse)
+    for content in (page(alone), markdown(alone)):
+        assert "Dense attention was not evaluated" in content
+        assert "better than dense attention" not in content
+
+
 def test_depths_are_averaged_by_band(results):
     heat = read(results).sections["Where the evidence was"]
     assert {"0-20 %", "80-100 %", "1,024", "2,048"} <= set(heat)
