@@ -76,7 +76,8 @@ class Arguments:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, or 2 after a mistake of the caller.
+    """Run the command line; returns the exit status: 0, 2 after a mistake of the caller, 130 after
+    an interrupt.
 
     Raises:
       SystemExit: by the parser, with status 2 for an unknown flag or value and 0 for ``--help``.
@@ -91,6 +92,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, FileNotFoundError, UserError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -93,7 +93,8 @@ class Arguments(Options):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, or 2 after a mistake of the caller.
+    """Run the command line; returns the exit status: 0, 2 after a mistake of the caller, 130 after
+    an interrupt.
 
     Raises:
       SystemExit: by the parser, with status 2 for an unknown flag or value and 0 for ``--help``.
@@ -101,15 +102,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     console = Console(stderr=True)
     quiet_orbax()
+    asking = False
     try:
         parsed = parse(arguments)
-        if parsed.tasks:
+        asking = bool(parsed.tasks)
+        if asking:
             ask(parsed, Console())
         else:
             evaluate(parsed.run, parsed.checkpoint, policy=parsed.policy, console=Console())
     except UserError as error:
         console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         return 2
+    except KeyboardInterrupt:
+        kept = "; finished samples are kept, the same command goes on from here" if asking else ""
+        console.print(f"interrupted{kept}")
+        return 130
     return 0
 
 

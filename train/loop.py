@@ -81,14 +81,16 @@ def train(
     """
     console = console or Console(stderr=True, quiet=not is_first())
     show_library_messages(console)
-    shapes, placement = plan(config)
-    resumes = open_run_folder(config, resume_with_changes=resume_with_changes)
-    batches = open_input(config, placement, resumes=resumes)
-    train_step = make_train_step(config, placement)
-    inspect = make_inspection(config, placement)
-
     with contextlib.ExitStack() as stack:
+        # First of all: JAX runs Python while it collects garbage, where an interrupt would be lost.
+        stop = stack.enter_context(StopSignal())
+        shapes, placement = plan(config)
+        agreement = Agreement(placement.mesh)
+        resumes = open_run_folder(config, resume_with_changes=resume_with_changes)
+        batches = open_input(config, placement, resumes=resumes)
         stack.callback(batches.close)
+        train_step = make_train_step(config, placement)
+        inspect = make_inspection(config, placement)
         checkpoints = Checkpoints(config.run_dir, keep=config.checkpoint.keep)
         stack.callback(checkpoints.close)
         state, first = start_state(config, placement, shapes, checkpoints, batches, console)
@@ -113,7 +115,6 @@ def train(
         )
         stack.enter_context(log)
         profile = stack.enter_context(Profile(config))
-        stop, agreement = stack.enter_context(StopSignal()), Agreement(placement.mesh)
 
         def report(step: int, metrics: Metrics, inspection: Metrics) -> None:
             values, seen = jax.device_get((metrics, inspection))
@@ -155,9 +156,10 @@ def train(
         checkpoints.wait()
 
     if step < config.steps:
+        done = f"after step {step}; the checkpoint is saved," if step > first else "before a step;"
         console.print(
-            f"stopped by {stop.name or 'a signal to another process'} after step {step}; the "
-            "checkpoint is saved, the same command goes on from here"
+            f"stopped by {stop.name or 'a signal to another process'} {done} the same command goes "
+            "on from here"
         )
         return Outcome(step, "interrupted")
     if is_first():
@@ -408,7 +410,7 @@ class StopSignal:
         if self.requested:
             raise KeyboardInterrupt
         self.requested, self.name = True, signal.Signals(number).name
-        os.write(2, f"\n{self.name}: stopping after this step\n".encode())
+        os.write(2, f"\n{self.name}: stopping after this step; once more stops at once\n".encode())
 
 
 @contextlib.contextmanager

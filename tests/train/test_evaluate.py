@@ -283,6 +283,19 @@ def test_mistakes_exit_with_2(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("tasks", [[], ["--tasks", "perplexity"]])
+def test_an_interrupt_is_no_traceback(tasks, run, capsys, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    for name in ("ask", "evaluate"):
+        monkeypatch.setattr(evaluation, name, interrupted)
+    assert evaluation.main(["--checkpoint", str(run), *tasks]) == 130
+    said = capsys.readouterr().err
+    assert "interrupted" in said
+    assert ("finished samples are kept" in said) == bool(tasks)
+
+
 def test_unknown_override_gets_a_suggestion(run, capsys):
     with pytest.raises(SystemExit) as stopped:
         evaluation.main(["--checkpoint", str(run), "--evaluation.window-count", "2"])

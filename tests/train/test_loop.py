@@ -45,6 +45,21 @@ def test_a_run_writes_its_folder(config):
     assert (folder / "tokenizer" / "tokenizer.json").exists()
 
 
+def test_a_signal_while_the_run_is_set_up_stops_it_before_a_step(config, monkeypatch):
+    opened = loop.open_input
+
+    def interrupted(*arguments, **options):
+        os.kill(os.getpid(), signal.SIGINT)
+        return opened(*arguments, **options)
+
+    monkeypatch.setattr(loop, "open_input", interrupted)
+    outcome, said = run(config)
+    assert (outcome.status, outcome.step) == ("interrupted", 0)
+    assert "stopped by SIGINT before a step" in said.replace("\n", " ")
+    monkeypatch.setattr(loop, "open_input", opened)
+    assert run(config)[0].status == "finished"
+
+
 def test_a_stopped_run_goes_on_bitwise_as_if_it_had_not(config, monkeypatch):
     whole = in_folder(config, "whole")
     run(whole)
