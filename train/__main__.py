@@ -13,6 +13,7 @@ import tyro
 from rich.console import Console
 from rich.markup import escape
 
+from train.interrupts import StopSignal
 from train.options import PROGRAM, Options
 from train.recipes import ConfigError, UserError, flag_value, list_recipes
 
@@ -39,24 +40,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise ConfigError(f"--config is missing; give it a recipe: {names}, or a path")
             recipe = "quickstart"  # whose flags are completed
 
-        import jax
+        with StopSignal() as stop:
+            import jax
 
-        from train.arguments import parse
-        from train.config import load_recipe
-        from train.distributed import is_first, join
+            from train.arguments import parse
+            from train.config import load_recipe
+            from train.distributed import is_first, join
 
-        parsed = parse(arguments, load_recipe(recipe), recipe)
-        if parsed.distributed or parsed.processes.coordinator:
-            join(parsed.processes)
-            console.quiet = not is_first()
+            parsed = parse(arguments, load_recipe(recipe), recipe)
+            if stop.requested:
+                raise KeyboardInterrupt
+            if parsed.distributed or parsed.processes.coordinator:
+                join(parsed.processes)
+                console.quiet = not is_first()
+            if not parsed.dry_run:
+                from train.loop import train
+
+                outcome = train(
+                    parsed.run,
+                    resume_with_changes=parsed.resume_with_changes,
+                    console=console,
+                    stop=stop,
+                )
         if parsed.dry_run:
             from train.dry_run import dry_run
 
             dry_run(parsed.run, Console())
             return 0
-        from train.loop import train
-
-        outcome = train(parsed.run, resume_with_changes=parsed.resume_with_changes, console=console)
         if outcome.status == "finished" and parsed.run.evaluate_at_end:
             from train import evaluate
 

@@ -330,6 +330,8 @@ def load_recipe(name: str | Path) -> RunConfig:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
+    except FileNotFoundError as error:  # a model or text that is not installed
+        raise ConfigError(f"recipe {path}: {error}") from error
     except Exception as error:
         raise ConfigError(f"recipe {path} fails: {type(error).__name__}: {error}") from error
     config = getattr(module, "config", None)

@@ -48,7 +48,8 @@ def dry_run(config: RunConfig, console: Console) -> dict[str, dict[str, Any]]:
         },
     }
     console.print(_table("parameters", result["parameters"], "{:,}".format))
-    print_placement(console, shapes.params)
+    if placement.mesh.size > 1:
+        print_placement(console, shapes.params)
     title = f"attended / causal pairs at T={config.sequence_length}, at most"
     console.print(_table(title, densities, "{:.1%}".format))
     title = f"a step of {config.batch_size} x {config.sequence_length} tokens, each device"

@@ -172,13 +172,13 @@ def parse(arguments: Sequence[str]) -> Arguments:
 
 
 def parse_policy(text: str) -> MechanismConfig:
-    """The policy that ``NAME`` or ``NAME:FIELD=VALUE,...`` describes.
+    """The policy, or dense attention, that ``NAME`` or ``NAME:FIELD=VALUE,...`` describes.
 
     Raises:
       ConfigError: if the name or a field is unknown, or a value does not fit.
     """
     try:
-        return parse_mechanism(text, POLICIES)
+        return parse_mechanism(text, {"dense": Dense, **POLICIES})
     except ValueError as error:
         raise ConfigError(f"--policy {error}") from error
 

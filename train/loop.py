@@ -5,9 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import os
-import signal
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -35,6 +32,7 @@ from train.config import (
 from train.data import TrainIterator, make_tokenizer, make_train_iterator
 from train.distributed import Agreement, is_first, meet
 from train.flops import peak_flops, token_flops
+from train.interrupts import StopSignal
 from train.optimizer import parameter_name
 from train.profiling import Profile
 from train.reporting import Log, draw_loss_curve, print_placement, show_library_messages
@@ -68,12 +66,17 @@ class Outcome:
 
 
 def train(
-    config: RunConfig, *, resume_with_changes: bool = False, console: Console | None = None
+    config: RunConfig,
+    *,
+    resume_with_changes: bool = False,
+    console: Console | None = None,
+    stop: StopSignal | None = None,
 ) -> Outcome:
     """Train until ``config.steps``, from the newest checkpoint of the run folder if there is one.
 
     Two runs of the same configuration write the same metrics, bit for bit apart from timing, also
-    if one of them was stopped or killed on the way and started again.
+    if one of them was stopped or killed on the way and started again. ``stop``: what hears signals
+    already; without it the run begins to listen here.
 
     Raises:
       UserError: on anything the caller can mend: a configuration that does not fit the text, the
@@ -82,8 +85,7 @@ def train(
     console = console or Console(stderr=True, quiet=not is_first())
     show_library_messages(console)
     with contextlib.ExitStack() as stack:
-        # First of all: JAX runs Python while it collects garbage, where an interrupt would be lost.
-        stop = stack.enter_context(StopSignal())
+        stop = stop or stack.enter_context(StopSignal())
         shapes, placement = plan(config)
         agreement = Agreement(placement.mesh)
         resumes = open_run_folder(config, resume_with_changes=resume_with_changes)
@@ -385,32 +387,6 @@ def check_finite(step: int, values: dict[str, float], checkpoints: Checkpoints) 
         "Try a lower --optimizer.learning-rate, a longer --optimizer.warmup-steps, or "
         "--optimizer.clip-norm 1"
     )
-
-
-class StopSignal:
-    """Turns SIGINT and SIGTERM into a request to stop after the step; a second one is obeyed."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        self.name = ""
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> StopSignal:
-        # Python lets only the main thread handle signals.
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: Any) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested, self.name = True, signal.Signals(number).name
-        os.write(2, f"\n{self.name}: stopping after this step; once more stops at once\n".encode())
 
 
 @contextlib.contextmanager

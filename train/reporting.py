@@ -131,16 +131,17 @@ class Display:
         self._progress: Progress | None = None
         if enabled and console.is_terminal:
             self._progress = Progress(
-                TextColumn("training"),
+                TextColumn("{task.description}"),
                 BarColumn(),
                 MofNCompleteColumn(),
-                TextColumn("loss {task.fields[loss]:.4f}"),
-                TextColumn("{task.fields[speed]:,.0f} tokens/s"),
+                TextColumn("{task.fields[figures]}"),
                 TextColumn("eta"),
                 TimeRemainingColumn(),
                 console=console,
             )
-            self._task = self._progress.add_task("", total=steps, completed=first, loss=0, speed=0)
+            self._task = self._progress.add_task(
+                "compiling the first step", total=steps, completed=first, figures=""
+            )
 
     def __enter__(self) -> Display:
         if self._progress:
@@ -158,17 +159,18 @@ class Display:
 
     def update(self, step: int, loss: float, tokens_per_second: float) -> None:
         """Show that ``step`` is done."""
+        figures = f"loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s"
         if self._progress:
-            self._progress.update(self._task, completed=step, loss=loss, speed=tokens_per_second)
+            self._progress.update(
+                self._task, completed=step, description="training", figures=figures
+            )
             return
         now = time.monotonic()
         if self._enabled and (now - self._printed > _PLAIN_INTERVAL or step == self._steps):
             self._printed = now
             left = (now - self._begun) / max(step - self._first, 1) * (self._steps - step)
             self._console.print(
-                f"step {step}/{self._steps}  loss {loss:.4f}  "
-                f"{tokens_per_second:,.0f} tokens/s  eta {left:.0f} s",
-                highlight=False,
+                f"step {step}/{self._steps}  {figures}  eta {left:.0f} s", highlight=False
             )
 
     def layers(self, step: int, values: dict[str, float]) -> None:
@@ -179,8 +181,8 @@ class Display:
             if name.startswith(LAYER_RECALL)
         }
         if self._enabled and found:
-            listed = "  ".join(f"{layer} {found[layer]:.2f}" for layer in sorted(found))
-            line = f"step {step}  recall by layer:  {listed}"
+            listed = "  ".join(f"L{layer} {found[layer]:.2f}" for layer in sorted(found))
+            line = f"step {step}  recall of dense attention's keys by layer:  {listed}"
             self._console.print(line, highlight=False, soft_wrap=True)
 
 

@@ -57,7 +57,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         if len(devices) % known:
             raise ValueError(
                 f"mesh {written}: the fixed sizes multiply to {known}, which does not divide "
-                f"{len(devices)} devices; change them so that it does"
+                f"{len(devices)} devices; change them so that it does (a CPU counts as several "
+                "with XLA_FLAGS=--xla_force_host_platform_device_count=8)"
             )
         sizes[sizes.index(-1)] = len(devices) // known
     elif known != len(devices):

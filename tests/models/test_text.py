@@ -147,6 +147,8 @@ def test_a_mapping_file_goes_from_a_run_to_the_command_line(run_folder, tmp_path
     flags = ("--model", str(run_folder), "--prompt", "a", "--mapping", str(file))
     assert command_line.main((*flags, "--attention", "quest")) == 2
     assert "holds mappings of HashAttention" in capsys.readouterr().err
+    assert export_mapping.main([str(target)]) == 0
+    assert (target / file.name).read_bytes() == file.read_bytes()
     assert export_mapping.main([str(run_folder), "--to", str(file)]) == 2
     assert "Dense has learnt nothing" in capsys.readouterr().err
 

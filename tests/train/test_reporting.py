@@ -56,7 +56,9 @@ def test_the_recall_of_single_layers_is_shown():
     with Display(console, first=0, steps=9, enabled=True) as display:
         display.layers(3, {"loss": 1.0})
         display.layers(4, {"recall_beyond.10": 0.5, "recall_beyond.2": 0.25, "recall_beyond": 0.4})
-    assert out.getvalue() == "step 4  recall by layer:  2 0.25  10 0.50\n"
+    assert out.getvalue() == (
+        "step 4  recall of dense attention's keys by layer:  L2 0.25  L10 0.50\n"
+    )
 
 
 def test_timing_is_left_out_of_comparisons():

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from sparse_attn.registry import listed
 from train.evaluation.tasks import counting, needles, questions, recall, stories, tracing
 from train.evaluation.tasks.haystack import Haystack, Noise, Text, find_haystack, held_out_text
 from train.evaluation.tasks.sample import Prompt, Sample, evidence_tokens, prompt_tokens
@@ -83,7 +84,7 @@ def score(task: str, prediction: str, sample: Sample) -> float:
 
 def _find(task: str) -> Task:
     if task not in TASKS:
-        raise ValueError(f"task={task!r} is not known; choose of {sorted(TASKS)}")
+        raise ValueError(f"task={task!r} is not known; choose of {listed(sorted(TASKS), task)}")
     return TASKS[task]
 
 
