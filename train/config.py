@@ -451,7 +451,11 @@ def check_resumable(old: RunConfig, new: RunConfig, *, allow_changes: bool = Fal
     refused = bound if allow_changes else changed
     if not refused:
         return
-    lines = "\n".join(f"  {name}: {was!r} -> {now!r}" for name, was, now in refused)
+    # Where a type changed, its fields say nothing more.
+    types = tuple(f"{name}." for name, *_ in refused)
+    lines = "\n".join(
+        f"  {name}: {was!r} -> {now!r}" for name, was, now in refused if not name.startswith(types)
+    )
     ways = f"undo them, or start a new run with --run-dir (now {new.run_dir!r})"
     if not bound:
         ways += ", or continue this one all the same with --resume-with-changes"

@@ -111,6 +111,7 @@ def test_run_folders_without_a_configuration(tmp_path):
         ("x = 1", r"must define `config = RunConfig\(...\)`; its `config` is NoneType"),
         ("config = 3", "its `config` is int"),
         ("config = (", "SyntaxError"),
+        ("raise FileNotFoundError('nothing installed')", r"recipe\.py: nothing installed"),
         ("from train.config import MeshConfig\nMeshConfig(data=0)", "mesh.data=0"),
     ],
 )
@@ -183,9 +184,8 @@ def test_another_mechanism_is_a_change():
     other = replaced(tiny, model=replaced(tiny.model, attention=Dense()))
     with pytest.raises(ConfigError) as error:
         check_resumable(tiny, other)
-    message = str(error.value)
-    assert "model.attention: 'NSA' -> 'Dense'" in message
-    assert "model.attention.selected_blocks: 4 -> 'absent'" in message
+    changes = [line for line in str(error.value).splitlines() if line.startswith("  ")]
+    assert changes == ["  model.attention: 'NSA' -> 'Dense'"], "its fields say nothing more"
 
 
 def test_defaults_make_a_runnable_configuration():
