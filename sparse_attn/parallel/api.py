@@ -151,6 +151,10 @@ def call(
         valid = jnp.ones((batch, tokens), bool) if segment_ids is None else segment_ids > 0
         check_capacity(cache.length, jnp.sum(valid, axis=1), cache.capacity)
         specs = cache_specs(cache, parallel, rows)
+    if count == parallel.batch_parts == 1:
+        # Nothing is split by hand, and XLA refuses sums over mapped axes of one device each.
+        options = {"positions": positions, "segment_ids": segment_ids}
+        return mechanism(heads, cache, **options, attend=attend, inspect=inspect)
 
     graphdef, state = nnx.split(mechanism)
     by_row = PartitionSpec(rows, None if cache is not None else parallel.sequence_axis)

@@ -111,8 +111,8 @@ def check(cases):
     assert max(errors.values()) < 1e-6, errors
 
 
-def test_a_mixed_mesh_takes_the_same_step():
-    check([("nsa", [MESHES["mixed"]])])
+def test_a_mixed_mesh_and_one_that_splits_heads_alone_take_the_same_step():
+    check([("nsa", [MESHES["mixed"], MESHES["tensor"]])])
 
 
 @pytest.mark.full
