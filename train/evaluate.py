@@ -60,9 +60,9 @@ class Options:
       checkpoint: the run folder; by default the one that the recipe names.
       policy: attend by a training-free policy instead, NAME or NAME:FIELD=VALUE,...; for models
         with one K/V branch.
-      tasks: ask these tasks instead of scoring windows, NAME,NAME,...: perplexity, recall, those of
-        RULER (see docs/evaluation.md). Without a trained run, the model that the recipe starts from
-        is asked.
+      tasks: ask these tasks instead of scoring windows, NAME,NAME,...: perplexity, mqar, those of
+        RULER such as niah_single_1 (see docs/evaluation.md). Without a trained run, the model that
+        the recipe starts from is asked.
       lengths: tokens of the tasks' samples, as 1024,4096.
       samples: of every task and length.
       policies: columns of the report: dense, own, NAME:FIELD=VALUE,..., mapping:FILE; by default

@@ -61,7 +61,11 @@ FULL = [
     Case("Seer-0", attend="fit", data=2, sequence=4),
     Case("Seer-0", order="zigzag", sequence=4),
     Case("HashAttention-0", (("joint_loss", 1.0), ("balance", 0.3)), data=2, sequence=4),
-    Case("HashAttention-1", (("loss", "ranking"),), attend="fit", data=2, sequence=2),
+    Case(
+        "HashAttention-1",
+        (("loss", "ranking"), ("fit_top", 4)),
+        **{"attend": "fit", "data": 2, "sequence": 2},
+    ),
     Case("DSA-0", attend="fit", data=2, sequence=4),
     Case("DSA-0", order="zigzag", sequence=4),
     Case("Routing-0", (("commitment", 1.0),), data=2, sequence=4),

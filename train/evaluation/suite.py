@@ -28,7 +28,13 @@ from models.loading.mapping import MappingFile, read_mapping
 from models.transformer import Decoder
 from models.upcycle import attending, densely
 from sparse_attn.dense import Dense
-from sparse_attn.registry import MECHANISMS, POLICIES, MechanismConfig, parse_mechanism
+from sparse_attn.registry import (
+    MECHANISMS,
+    POLICIES,
+    MechanismConfig,
+    listed,
+    parse_mechanism,
+)
 from train.evaluation.evidence import chosen_keys, evidence_recall
 from train.evaluation.html_report import write_reports
 from train.evaluation.protocols import (
@@ -91,7 +97,8 @@ class Plan:
         known = (PERPLEXITY, ROLLING, *sorted(TASKS))
         unknown = [task for task in self.tasks if task not in known]
         if unknown or not self.tasks:
-            raise ValueError(f"tasks={self.tasks}: choose some of {', '.join(known)}")
+            wrong = unknown[0] if unknown else ""
+            raise ValueError(f"tasks={self.tasks}: choose some of {listed(known, wrong)}")
         if not self.protocols or set(self.protocols) - {"A", "B", "C"}:
             raise ValueError(f"protocols={self.protocols}: use some of A, B and C")
         if self.samples < 1 or self.scored < 1:
