@@ -99,11 +99,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def program(module: str, command: str, arguments: Sequence[str]) -> str:
-    """What help and errors call a program: ``python -m ...``; in completion scripts, ``command``.
+    """What help and errors call a program: as it was started, ``python -m ...`` or ``command``.
 
-    Shells complete by the name of a command, and "python" is not ours to complete.
+    In completion scripts, ``command``: "python" is not ours to complete.
     """
-    return command if arguments[:1] and arguments[0].startswith("--tyro-") else module
+    completing = arguments[:1] and arguments[0].startswith("--tyro-")
+    return command if completing or Path(sys.argv[0]).name == command else module
 
 
 def quiet_orbax() -> None:
@@ -123,6 +124,8 @@ def run(arguments: Arguments) -> None:
 
     sampling = Sampling(arguments.temperature, arguments.top_k or None, arguments.top_p)
     prompts = arguments.prompt or (_read_prompt(),)
+    if sys.stderr.isatty():
+        print(f"{arguments.model}: loading, then compiling ...", file=sys.stderr)
     decoder, tokenizer = open_model(arguments)
     stop, asked = arguments.stop, list[Any](prompts)
     if arguments.chat:
