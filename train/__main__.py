@@ -49,7 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             parsed = parse(arguments, load_recipe(recipe), recipe)
             if stop.requested:
-                raise KeyboardInterrupt
+                console.print(f"stopped by {stop.name} before anything was begun")
+                return 0
             if parsed.distributed or parsed.processes.coordinator:
                 join(parsed.processes)
                 console.quiet = not is_first()

@@ -1,6 +1,8 @@
 """python -m train: what it prints, and its exit status."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import train.evaluate
+from train import config
 from train.__main__ import main
 from train.recipes import list_recipes
 
@@ -25,6 +28,19 @@ HEAVY = (
     "transformers",
 )
 DENSE = ["--model.attention", "dense", "--model.layers", "1"]
+
+
+def test_an_interrupt_before_the_run_begins_is_heard(tmp_path, monkeypatch, capsys):
+    load = config.load_recipe
+
+    def interrupted(name):
+        os.kill(os.getpid(), signal.SIGINT)
+        return load(name)
+
+    monkeypatch.setattr(config, "load_recipe", interrupted)
+    assert main([*TINY, "--run-dir", str(tmp_path / "run")]) == 0
+    assert "stopped by SIGINT before anything was begun" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.fixture
