@@ -84,7 +84,9 @@ MECHANISMS = ("dense", "nsa", "infllm_v2", "moba", "hash", "routing")
 LENGTHS = (131072, 1048576)
 UTILISATION = 0.5
 KEY = ("model", "mechanism", "topology", "length")
-OUT_OF_MEMORY = re.compile(r"(?:Used|needs?|requires?) ([\d.]+)([GM])i?B? of ([\d.]+)([GM])")
+OUT_OF_MEMORY = re.compile(
+    r"(?:(?:Used|needs?|requires?) |temporaries \()([\d.]+)([GM])(?:i?B? of |\) exceeds)"
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

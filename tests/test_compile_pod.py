@@ -33,6 +33,11 @@ def test_runs_spread_a_million_tokens_over_all_chips(pods):
     ("why", "size", "fits"),
     [
         ("RESOURCE_EXHAUSTED: Ran out of memory: Used 120.50G of 95.00G hbm", 120.5 * 2**30, False),
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+            "temporaries (20.00G) exceeds available HBM (15.75G)",
+            *(20 * 2**30, False),
+        ),
         ("RESOURCE_EXHAUSTED: something else", None, False),
         ("INTERNAL: a bug", None, None),
     ],
