@@ -242,7 +242,7 @@ def failed(
         "collective_bytes": None,
         "seconds_estimated": None,
         "estimate_source": "",
-        "error": " ".join(why.split())[:300],
+        "error": re.sub(r" *(See )?https?:\S+.*", "", " ".join(why.split()))[:300],
     }
 
 
