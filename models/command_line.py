@@ -132,11 +132,8 @@ def run(arguments: Arguments) -> None:
         stop = (*stop, CHAT_END)
         asked = [chat_tokens(tokenizer, prompt) for prompt in prompts]
     one = len(prompts) == 1
-    first, tokens = 0.0, 0
-
-    def count(_: int) -> None:
-        nonlocal tokens
-        tokens += 1
+    first = 0.0
+    drawn: list[int] = []
 
     def show(_: int, text: str) -> None:
         nonlocal first
@@ -154,15 +151,15 @@ def run(arguments: Arguments) -> None:
         sampling=sampling,
         seed=arguments.seed,
         on_text=show,
-        on_token=count,
+        on_token=drawn.append,
         prefill_chunk=arguments.prefill_chunk,
         dense_prompt=arguments.dense_prompt,
     )
     seconds, waited = time.perf_counter() - begun, (first or begun) - begun
     print("" if one else "\n\n".join(f"[{number}] {t}" for number, t in enumerate(texts)))
     print(
-        f"{arguments.model}: {tokens} tokens in {seconds:.1f} s, the first after {waited:.1f} s "
-        "(with compiling)",
+        f"{arguments.model}: {len(drawn)} tokens in {seconds:.1f} s, "
+        f"the first after {waited:.1f} s (with compiling)",
         file=sys.stderr,
     )
 

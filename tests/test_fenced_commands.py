@@ -338,7 +338,7 @@ def run(words):
     for flag, value in SHORTER.get(name, {}).items():
         if flag in arguments:
             arguments[arguments.index(flag) + 1] = value
-        elif value and ADDED.get(name, flag) in ("", *arguments):
+        elif value and name in ADDED and ADDED[name] in ("", *arguments):
             arguments += [flag, value]
     if any(word.startswith("--mesh.") for word in arguments):
         code = (

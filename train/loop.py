@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -341,7 +342,7 @@ def open_run_folder(config: RunConfig, *, resume_with_changes: bool) -> bool:
       ConfigError: if a run with another configuration is to be resumed in it.
     """
     folder = Path(config.run_dir)
-    if not folder.exists():
+    if not os.path.exists(folder):  # Path.exists raises where a folder above is closed to us
         check_origin(config)
     try:
         folder.mkdir(parents=True, exist_ok=True)

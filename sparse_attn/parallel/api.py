@@ -153,8 +153,14 @@ def call(
         specs = cache_specs(cache, parallel, rows)
     if count == parallel.batch_parts == 1:
         # Nothing is split by hand, and XLA refuses sums over mapped axes of one device each.
-        options = {"positions": positions, "segment_ids": segment_ids}
-        return mechanism(heads, cache, **options, attend=attend, inspect=inspect)
+        return mechanism(
+            heads,
+            cache,
+            positions=positions,
+            segment_ids=segment_ids,
+            attend=attend,
+            inspect=inspect,
+        )
 
     graphdef, state = nnx.split(mechanism)
     by_row = PartitionSpec(rows, None if cache is not None else parallel.sequence_axis)
