@@ -20,6 +20,7 @@ from tokenizers import models as kinds
 from models import Decoder, ModelConfig, export
 from models.loading.tokenizer import HuggingFaceTokenizer
 from sparse_attn import Dense
+from train.corpus import load_documents
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = load_script("run_notebooks")
@@ -52,13 +53,14 @@ def parameters(notebook):
 
 @pytest.fixture(scope="module")
 def pages():
-    text = "".join(path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("docs/*.md")))
+    """Text that stays as it is, unlike the documentation: how well maps fit depends on it."""
+    text = "".join(itertools.islice(load_documents("sotu")["text"], 10))
     return [text[begin : begin + 1500] for begin in range(0, 60 * 1500, 1500)]
 
 
 @pytest.fixture(scope="module")
 def texts(pages, tmp_path_factory):
-    """A folder of sixty pieces of the documentation; which are held out depends on the names."""
+    """A folder of sixty pieces of speeches; which are held out depends on the names."""
     folder = tmp_path_factory.mktemp("texts")
     for number, page in enumerate(pages):
         (folder / f"d{number}.txt").write_text(page, encoding="utf-8")
@@ -189,7 +191,7 @@ def test_hash_attention_is_fitted_and_compared(run, texts, model):
         }""",
         MODEL=model,
         SOURCE=texts,
-        STEPS=16,
+        STEPS=64,
         SEQUENCE_LENGTH=64,
         LENGTH=128,
         SCORED=60,
@@ -202,7 +204,8 @@ def test_hash_attention_is_fitted_and_compared(run, texts, model):
         LONG=128,
         LONG_SCORED=60,
     )
-    assert np.mean(found["losses"][-5:]) < 0.9 * np.mean(found["losses"][:10])
+    # Rows of 64 tokens differ by a tenth; over six other texts these means fell by 19 to 21 %.
+    assert np.mean(found["losses"][-16:]) < 0.9 * np.mean(found["losses"][:16])
     rows = {name: (value, over, metrics) for name, _, value, over, metrics in found["rows"]}
     names = ("random", "quest", "hash", "oracle")
     assert set(rows) == {"dense", "streaming", *names}
