@@ -11,6 +11,7 @@ import dataclasses
 import functools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, UInt32
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 
 FEW_ROWS = 8
 """Up to so many rows a decode step gathers the listed keys instead of masking all of them."""
+
+TOGETHER_BYTES = 2**28
+"""Masked rows of all kv heads are attended at once if the keys take so much in float32 at most."""
 
 FINEST_FRACTION = 2**14
 """Fractional budgets are rounded to a denominator up to this."""
@@ -151,10 +155,11 @@ def masked(
     """Attention of many rows over their selections, in chunks.
 
     A selection is kept as score threshold and tie cut-off: O(T) memory, also for the backward
-    pass, which compares scores with them again.
+    pass, which compares scores with them again. Keys, values, signs and their gradients are
+    O(S) in float32, of one kv head at a time where that is much (:data:`TOGETHER_BYTES`).
     """
-    lists, keys = q_codes.shape[2], k.shape[1]
-    place = candidates(config, rows, lists)
+    kv_heads, keys = k.shape[2], k.shape[1]
+    place = candidates(config, rows, q_codes.shape[2])
     threshold = hamming_threshold(
         q_codes,
         k_codes,
@@ -166,29 +171,45 @@ def masked(
         implementation=config.implementation,
     )
     threshold = Threshold(*(checkpoint_name(x, "selection") for x in threshold))
-    signs = code_signs(jnp.swapaxes(k_codes[..., :keys], 2, 3), config.bits, jnp.float32)
-    signs = jnp.swapaxes(signs, 2, 3)
     positions = jnp.arange(keys, dtype=jnp.int32)
     s = positions[None, None, None, :]
 
-    def member(inputs: Any) -> Bool[Array, "B c J S"]:
-        q_codes, place, threshold = inputs
-        queries = part_sums(config, code_signs(q_codes, config.bits, jnp.float32))
-        by_part = (jnp.matmul(jnp.moveaxis(part, 1, 2), signs) for part in queries)
-        scores = jnp.moveaxis(functools.reduce(jnp.maximum, by_part), 2, 1)
-        first, start, stop, last = (x[:, :, None, None] for x in place[:4])
-        chosen = threshold.selects(scores, positions) | (s < start) | (s >= stop)
-        return chosen & (s >= first) & (s < last)
+    def attend(parts: tuple[Any, ...]) -> Array:
+        q, k, v, q_codes, k_codes, threshold = parts
+        signs = code_signs(jnp.swapaxes(k_codes[..., :keys], 2, 3), config.bits, jnp.float32)
+        signs = jnp.swapaxes(signs, 2, 3)
 
-    return masked_attention(
-        q,
-        k,
-        v,
-        member,
-        (q_codes, place, threshold),
-        live=live,
-        implementation=config.implementation,
-    ).out
+        def member(inputs: Any) -> Bool[Array, "B c J S"]:
+            q_codes, place, threshold = inputs
+            queries = part_sums(config, code_signs(q_codes, config.bits, jnp.float32))
+            by_part = (jnp.matmul(jnp.moveaxis(part, 1, 2), signs) for part in queries)
+            scores = jnp.moveaxis(functools.reduce(jnp.maximum, by_part), 2, 1)
+            first, start, stop, last = (x[:, :, None, None] for x in place)
+            chosen = threshold.selects(scores, positions) | (s < start) | (s >= stop)
+            return chosen & (s >= first) & (s < last)
+
+        return masked_attention(
+            q,
+            k,
+            v,
+            member,
+            (q_codes, place[:4], threshold),
+            live=live,
+            implementation=config.implementation,
+        ).out
+
+    parts = (q, k, v, q_codes, k_codes, threshold)
+    if kv_heads == 1 or 4 * k.size <= TOGETHER_BYTES:
+        return attend(parts)
+
+    def by_head(x: Array, axis: int = 2) -> Array:
+        x = x.reshape(*x.shape[:axis], kv_heads, -1, *x.shape[axis + 1 :])
+        return jnp.moveaxis(x, axis, 0)
+
+    codes = by_head(q_codes), by_head(k_codes, axis=1)
+    split = (*map(by_head, (q, k, v)), *codes, Threshold(*map(by_head, threshold)))
+    out = jnp.moveaxis(jax.lax.map(jax.checkpoint(attend), split), 0, 2)
+    return out.reshape(*q.shape[:3], -1)
 
 
 def part_sums(

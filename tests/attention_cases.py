@@ -32,6 +32,7 @@ def configs():
     ]
 
 
+@functools.partial(jax.jit, static_argnames="dims")
 def rope(array, positions, dims=None):
     """Rotary embedding, rotate-half layout, in the array's own precision."""
     width = array.shape[-1] if dims is None else dims

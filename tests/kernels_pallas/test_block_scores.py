@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled import jitted
 
 from kernels_pallas.block_scores import Pooling, block_scores
 from kernels_pallas.block_scores.reference import block_importance, block_scores_reference
@@ -173,24 +174,26 @@ def test_indices_equal_brute_force(x64, implementation, shape, pooling, selected
     q, k, v = heads(shape, jnp.float64)
     batch, rows, entries = shape[:3]
     start, stop, first, last = rows_of("random", shape, pooling)
-    result = block_scores(
-        q, k, v, start, stop, first, last, pooling=pooling, selected=selected,
+    scores = jitted(
+        block_scores, pooling=pooling, selected=selected,
         initial=initial, recent=recent, implementation=implementation,
     )  # fmt: skip
-    assert result.indices.shape == (batch, rows, 2, selected)
-    assert result.indices.dtype == jnp.int32
-    start, stop, first, last = (np.asarray(a) for a in (start, stop, first, last))
+    result = scores(q, k, v, start, stop, first, last)
+    indices = np.asarray(result.indices)
+    assert indices.shape == (batch, rows, 2, selected)
+    assert indices.dtype == np.int32
+    q, k, start, stop, first, last = (np.asarray(a) for a in (q, k, start, stop, first, last))
     for b in range(batch):
         for t in range(rows):
             seen = (np.arange(entries) >= start[b, t]) & (np.arange(entries) < stop[b, t])
             for head in range(2):
-                logits = np.asarray(q[b, t, 2 * head : 2 * head + 2] @ k[b, :, head].T) * 8**-0.5
+                logits = q[b, t, 2 * head : 2 * head + 2] @ k[b, :, head].T * 8**-0.5
                 weights = np.where(seen, np.exp(logits), 0.0)
                 total = weights.sum(axis=1, keepdims=True)
                 p = (weights / np.where(total > 0, total, 1)).sum(axis=0)
                 want = brute_force(p, first[b, t], last[b, t], pooling, selected, initial, recent)
                 want = want + [-1] * (selected - len(want))
-                assert result.indices[b, t, head].tolist() == want, (b, t, head)
+                assert indices[b, t, head].tolist() == want, (b, t, head)
 
 
 @either
@@ -203,16 +206,14 @@ def test_ties_go_to_the_nearest_block(implementation, shape):
     pooling = Pooling((1, 1, 1), 0, 3)
     everything = jnp.full((batch, rows), entries, jnp.int32)
     zero = jnp.zeros((batch, rows), jnp.int32)
-    result = block_scores(
-        q, k, v, zero, everything, zero, zero + 11, pooling=pooling, selected=5,
-        initial=1, recent=1, implementation=implementation,
+    scores = jitted(
+        block_scores, pooling=pooling, selected=5, initial=1, recent=1,
+        implementation=implementation,
     )  # fmt: skip
+    result = scores(q, k, v, zero, everything, zero, zero + 11)
     want = np.broadcast_to(np.array([0, 8, 9, 10, 11]), result.indices.shape)
     np.testing.assert_array_equal(result.indices, want)
-    unseen = block_scores(
-        q, k, v, zero, zero, zero, zero + 11, pooling=pooling, selected=5,
-        initial=1, recent=1, implementation=implementation,
-    )  # fmt: skip
+    unseen = scores(q, k, v, zero, zero, zero, zero + 11)
     np.testing.assert_array_equal(unseen.indices, want)
     np.testing.assert_array_equal(unseen.out, 0)
 
@@ -224,11 +225,12 @@ def test_few_or_no_eligible_blocks(implementation, rows):
     zero = jnp.zeros((1, rows), jnp.int32)
     last = (zero + 1).at[:, 0].set(-1).at[:, 1].set(0)
 
+    scores = jitted(
+        block_scores, pooling=Pooling((1,), 0, 1), selected=4, implementation=implementation
+    )
+
     def indices(k, v):
-        return block_scores(
-            q, k, v, zero, zero + 9, zero, last, pooling=Pooling((1,), 0, 1), selected=4,
-            implementation=implementation,
-        ).indices[0, :, 0]  # fmt: skip
+        return scores(q, k, v, zero, zero + 9, zero, last).indices[0, :, 0]
 
     want = np.array([[-1] * 4, [0, -1, -1, -1]] + [[0, 1, -1, -1]] * (rows - 2))
     np.testing.assert_array_equal(indices(k, v), want)

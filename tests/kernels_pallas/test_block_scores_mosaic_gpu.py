@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled import jitted
 from jax.experimental.mosaic import gpu as mosaic
 from kernel_proof import hold, strictly_interpreted
 from mosaic_gpu_cases import draw_heads
@@ -169,10 +170,10 @@ def check_selection(shape, kind, pooling, selected, tiles=None, seed=0, interpre
         got = np.asarray(choose(*poisoned((q, k), rows), *rows))
     wide = q.astype(jnp.float32), k.astype(jnp.float32)
     with jax.default_matmul_precision("highest"):
-        want = np.asarray(select_blocks_reference(*wide, *rows, **rules))
-        scores = block_log_scores(
-            *wide, lse, *rows[:2], pooling=pooling, share=share, scale=RULES["scale"]
-        )
+        reference = jax.jit(functools.partial(select_blocks_reference, **rules))
+        want = np.asarray(reference(*wide, *rows))
+        options = {"pooling": pooling, "share": share, "scale": RULES["scale"]}
+        scores = jitted(block_log_scores, **options)(*wide, lse, *rows[:2])
     assert got.dtype == np.int32
     assert_same_choice(got, want, np.maximum(scores, UNSEEN_SCORE))
 
@@ -201,7 +202,7 @@ def check_entry_lse(shape, seed=0):
         lse = jax.jit(functools.partial(entry_lse, scale=0.3, implementation="mosaic_gpu"))
         got = np.asarray(lse(*poisoned((q, k), rows), *rows))
     wide = q.astype(jnp.float32), k.astype(jnp.float32)
-    want = np.asarray(entry_lse_reference(*wide, *rows, scale=0.3))
+    want = np.asarray(jitted(entry_lse_reference, scale=0.3)(*wide, *rows))
     seen = ~np.isneginf(want)
     np.testing.assert_array_equal(np.isneginf(got), ~seen)
     hold(got[seen], want[seen], 1e-5)
@@ -247,7 +248,8 @@ def check_ties(shape, pooling, kind, selected, tiles, *, interpret=True, seed=0,
             got = np.asarray(run(q, k))
     else:
         got = np.asarray(run(q, k))
-    want = indices(reference, q.astype(jnp.float32), k.astype(jnp.float32))
+    expected = jax.jit(functools.partial(indices, reference))
+    want = expected(q.astype(jnp.float32), k.astype(jnp.float32))
     np.testing.assert_array_equal(got, want)
 
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled import jitted
 from kernel_proof import hold, strictly_interpreted
 
 from kernels_pallas.block_scores import Pooling, block_scores, select_blocks
@@ -175,14 +176,14 @@ def check_selection(shape, dtype, kind, pooling, selected, tiles=None, seed=0, e
         ours = jax.jit(functools.partial(select_blocks_tpu, **rules, tiles=tiles))
         got = np.asarray(ours(*poisoned((q, k, k), rows)[:2], *rows))
     wide = q.astype(jnp.float32), k.astype(jnp.float32)
-    want = np.asarray(select_blocks_reference(*wide, *rows, **rules))
+    reference = jax.jit(functools.partial(select_blocks_reference, **rules))
+    want = np.asarray(reference(*wide, *rows))
     assert got.dtype == np.int32
     if exact:
         np.testing.assert_array_equal(got, want)
     else:
-        scores = block_log_scores(
-            *wide, lse, *rows[:2], pooling=pooling, share=share, scale=RULES["scale"]
-        )
+        options = {"pooling": pooling, "share": share, "scale": RULES["scale"]}
+        scores = jitted(block_log_scores, **options)(*wide, lse, *rows[:2])
         assert_same_choice(got, want, np.maximum(scores, UNSEEN_SCORE), 1e-4)
 
 
@@ -200,7 +201,7 @@ def test_interpreted_equals_reference_bfloat16():
         ours = functools.partial(block_scores, implementation="mosaic_tpu", **rules)
         got = jax.tree.map(np.asarray, jax.jit(ours)(*poisoned(heads, rows), *rows))
     wide = tuple(x.astype(jnp.float32) for x in heads)
-    want = block_scores(*wide, *rows, implementation="reference", **rules)
+    want = jitted(block_scores, implementation="reference", **rules)(*wide, *rows)
     assert got.out.dtype == jnp.bfloat16
     hold(got.out, want.out, 1e-2)
     np.testing.assert_allclose(got.lse, want.lse, rtol=1e-5, atol=1e-5)

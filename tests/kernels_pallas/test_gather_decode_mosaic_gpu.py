@@ -64,7 +64,8 @@ def expected(q, k, v, indices, positions, *, block_size, causal=True, scale=None
 
     with jax.enable_x64(True):
         arrays = [jnp.asarray(np.asarray(x, np.float64)) for x in (q, k, v)]
-        gradients, output = jax.grad(total, argnums=(0, 1, 2), has_aux=True)(*arrays)
+        graded = jax.jit(jax.grad(total, argnums=(0, 1, 2), has_aux=True))
+        gradients, output = graded(*arrays)
     return output, gradients
 
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled import jitted
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -29,7 +30,8 @@ def example(seed, *, B=2, T=3, J=2, G=2, S=45, bits=16, noise=0.5):
 
 
 def codes(q, k):
-    return pack_codes(jnp.asarray(q)), jnp.transpose(pack_codes(jnp.asarray(k)), (0, 2, 3, 1))
+    pack = jitted(pack_codes)
+    return pack(jnp.asarray(q)), jnp.transpose(pack(jnp.asarray(k)), (0, 2, 3, 1))
 
 
 def dot_of_signs(q, k, best_of=1):
@@ -63,7 +65,8 @@ def test_score_is_bits_minus_twice_hamming_is_the_dot_product_of_signs(implement
     q, k = example(1, T=T, G=G, bits=bits)
     differing = q[:, :, :, :, None] ^ np.moveaxis(k, 1, 2)[:, None, :, None]
     hamming = differing.sum(axis=(3, 5))
-    got = hamming_scores(*codes(q, k), bits=bits, implementation=implementation)
+    scores = jitted(hamming_scores, bits=bits, implementation=implementation)
+    got = scores(*codes(q, k))
     assert got.dtype == jnp.int32
     np.testing.assert_array_equal(got, G * bits - 2 * hamming)
     np.testing.assert_array_equal(got, dot_of_signs(q, k))
@@ -73,7 +76,8 @@ def test_score_is_bits_minus_twice_hamming_is_the_dot_product_of_signs(implement
 @pytest.mark.parametrize("T", [3, 9])
 def test_best_of_parts(implementation, T):
     q, k = example(2, T=T, G=6)
-    got = hamming_scores(*codes(q, k), bits=16, best_of=3, implementation=implementation)
+    scores = jitted(hamming_scores, bits=16, best_of=3, implementation=implementation)
+    got = scores(*codes(q, k))
     np.testing.assert_array_equal(got, dot_of_signs(q, k, 3))
 
 
@@ -83,20 +87,11 @@ def check(q, k, start, stop, budget, first, last, slots, bits, implementation, b
     scores = dot_of_signs(q, k, best_of)
     B, T, J, S = scores.shape
     arrays = [jnp.asarray(x, jnp.int32) for x in (start, stop, budget)]
-    threshold = hamming_threshold(
-        q_codes, k_codes, *arrays, bits=bits, best_of=best_of, implementation=implementation
-    )
-    indices = hamming_select(
-        q_codes,
-        k_codes,
-        *arrays,
-        bits=bits,
-        best_of=best_of,
-        slots=slots,
-        first=jnp.asarray(first, jnp.int32),
-        last=jnp.asarray(last, jnp.int32),
-        implementation=implementation,
-    )
+    edges = {"first": jnp.asarray(first, jnp.int32), "last": jnp.asarray(last, jnp.int32)}
+    options = {"bits": bits, "best_of": best_of, "implementation": implementation}
+    threshold = jitted(hamming_threshold, **options)(q_codes, k_codes, *arrays)
+    select = jitted(hamming_select, slots=slots, **options)
+    indices = select(q_codes, k_codes, *arrays, **edges)
     assert indices.shape == (B, T, J, slots)
     assert indices.dtype == jnp.int32
     passes = np.asarray(threshold.selects(jnp.asarray(scores), jnp.arange(S)))
@@ -173,12 +168,17 @@ def test_many_rows_in_chunks_equal_few(monkeypatch):
     q_codes, k_codes = codes(q, k)
     rows = jnp.broadcast_to(jnp.arange(21, dtype=jnp.int32)[None], (2, 21))
     arguments = (q_codes, k_codes, rows // 3, rows + 20, jnp.full((2, 21, 2), 6, jnp.int32))
-    whole = hamming_threshold(*arguments, bits=16)
-    lists = hamming_select(*arguments, bits=16, slots=6)
+
+    @jax.jit
+    def both(*arguments):
+        lists = hamming_select(*arguments, bits=16, slots=6)
+        return hamming_threshold(*arguments, bits=16), lists
+
+    whole = both(*arguments)
     monkeypatch.setattr(xla, "CHUNK_ELEMENTS", 2 * 2 * 45 * 4)
-    for a, b in zip(hamming_threshold(*arguments, bits=16), whole, strict=True):
+    both.clear_cache()
+    for a, b in zip(jax.tree.leaves(both(*arguments)), jax.tree.leaves(whole), strict=True):
         np.testing.assert_array_equal(a, b)
-    np.testing.assert_array_equal(hamming_select(*arguments, bits=16, slots=6), lists)
 
 
 def test_keys_outside_the_ranges_do_not_matter():
@@ -187,8 +187,9 @@ def test_keys_outside_the_ranges_do_not_matter():
     start, stop = jnp.full((2, 3), 4), jnp.full((2, 3), 33)
     budget = jnp.full((2, 3, 2), 5)
     other = k_codes.at[..., :4].set(jnp.uint32(7)).at[..., 33:].set(jnp.uint32(9))
-    want = hamming_select(q_codes, k_codes, start, stop, budget, bits=16, slots=5)
-    got = hamming_select(q_codes, other, start, stop, budget, bits=16, slots=5)
+    select = jitted(hamming_select, bits=16, slots=5)
+    want = select(q_codes, k_codes, start, stop, budget)
+    got = select(q_codes, other, start, stop, budget)
     np.testing.assert_array_equal(got, want)
 
 

@@ -63,7 +63,8 @@ def run(case, implementation, seed, ops):
             )
         )(first, start, stop, last, budget)
 
-    return [{"scores": scores, "threshold": threshold, "select": select}[op]() for op in ops]
+    calls = {"scores": jax.jit(scores), "threshold": jax.jit(threshold), "select": select}
+    return [calls[op]() for op in ops]
 
 
 def check(case, seed=0, ops=("scores", "threshold", "select")):

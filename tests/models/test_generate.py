@@ -59,7 +59,8 @@ def test_greedy_is_the_argmax_of_teacher_forcing(decoder, greedy):
     for i, row in enumerate(rows):
         tokens[i, : len(row)] = row
     ids = jnp.asarray([[int(t < len(row)) for t in range(width)] for row in rows])
-    best = jnp.argmax(decoder(jnp.asarray(tokens), segment_ids=ids).logits, axis=-1)
+    logits = jax.jit(lambda tokens: decoder(tokens, segment_ids=ids).logits)(tokens)
+    best = np.argmax(logits, axis=-1)
     for i, (prompt, new) in enumerate(zip(PROMPTS, greedy, strict=True)):
         assert len(new) == NEW
         assert new == best[i, len(prompt) - 1 : len(prompt) - 1 + NEW].tolist()
@@ -178,11 +179,12 @@ def test_a_prompt_read_densely_is_followed_by_sparse_tokens(plain):
     prompt, few = PROMPTS[0], make(StreamingLLM(sinks=1, recent=2, implementation="reference"))
     found = generate(few, [prompt], NEW, dense_prompt=True)[0]
     caches = few.init_caches(1, 64)
-    output = few(jnp.asarray([prompt]), caches, attend="dense")
+    output = jax.jit(lambda *inputs: few(*inputs, attend="dense"))(np.array([prompt]), caches)
+    step = jax.jit(lambda *inputs: few(*inputs))
     expected = []
     for _ in range(NEW):
-        expected.append(int(jnp.argmax(output.logits[0, -1])))
-        output = few(jnp.asarray([expected[-1:]]), output.caches)
+        expected.append(int(np.argmax(output.logits[0, -1])))
+        output = step(np.array([expected[-1:]]), output.caches)
     assert found == expected
     assert found[0] == generate(plain, [prompt], 1)[0][0]
     assert found != generate(few, [prompt], NEW)[0]

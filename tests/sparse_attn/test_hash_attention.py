@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled import jitted
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -107,11 +108,12 @@ def check_output(config, module, parts, ids=None, call=None):
     else:
         out, aux = call(parts, jnp.asarray(ids))
     want = np.zeros(out.shape)
+    indices = np.asarray(aux.selection.indices)
     for item in structure(config, module, parts, ids):
         b, t = item["row"]
         keys = select(config, item)
         want[b, t, list(item["heads"])] = attention(item, keys)
-        listed = np.asarray(aux.selection.indices[b, t, item["list"]])
+        listed = indices[b, t, item["list"]]
         assert listed[listed >= 0].tolist() == keys
     np.testing.assert_allclose(out, want, atol=1e-12)
     return aux
@@ -206,6 +208,7 @@ def target_of(config, item):
 
 def want_fit(config, module, parts, ids=None, steps=0, tau=1.0):
     """Loss, recall and worst recall over all rows (``fit_rows`` >= T)."""
+    scramble = jitted(training.scramble)
     total, count = 0.0, 0
     hits, wanted = {}, {}
     codes_q, codes_k = {}, {}
@@ -225,7 +228,7 @@ def want_fit(config, module, parts, ids=None, steps=0, tau=1.0):
                 count += 1
         elif candidates:
             draw = np.arange(training.RANKING_NEGATIVES) + (t + 1) * training.RANKING_NEGATIVES
-            shift = np.asarray(training.scramble(jnp.asarray(draw, jnp.uint32), jnp.asarray(steps)))
+            shift = np.asarray(scramble(jnp.asarray(draw, jnp.uint32), jnp.asarray(steps)))
             for s in candidates[0] + shift.astype(int) % len(candidates):
                 if s not in target:
                     weights = attention**config.target_power
@@ -291,6 +294,28 @@ def test_chunks_of_fitted_rows_change_nothing(x64, monkeypatch):
     monkeypatch.setattr("sparse_attn.masked.CHUNK_ELEMENTS", 1)
     for a, b in zip(jax.tree.leaves(run()), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "config", [dataclasses.replace(SMALL, budget=(3, 0.25)), PAPER], ids=["kv", "query"]
+)
+def test_one_kv_head_at_a_time_changes_nothing(config, x64, monkeypatch):
+    module = cases.mechanism(config, SHAPE)
+    parts = cases.arrays(SHAPE, 1, 2, T)
+    ids = jnp.asarray(np.repeat([[1, 2, 3], [1, 1, 0]], [20, 17, 3], axis=1))
+    weights = jnp.asarray(np.random.default_rng(3).standard_normal((2, T, 4, 8)))
+
+    def run():
+        def total(parts):
+            out = module(cases.as_heads(*parts), segment_ids=ids)[0]
+            return jnp.sum(weights * out), out
+
+        return jax.jit(jax.value_and_grad(total, has_aux=True))(parts)
+
+    want = run()
+    monkeypatch.setattr("sparse_attn.hash_selection.TOGETHER_BYTES", 0)
+    for a, b in zip(jax.tree.leaves(run()), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-13)
 
 
 def gradients(config, parts, attend, only_loss=False, ids=None):

@@ -581,8 +581,17 @@ def balanced(config, q, k, routed_q, routed_k, v, centroids, ids):
     return total / np.maximum(times, 1)[..., None], union
 
 
-@pytest.mark.parametrize("layout", [None, "packed", "gaps"])
-@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize(
+    ("layout", "shared"),
+    [
+        (None, False),
+        ("packed", True),
+        ("gaps", False),
+        pytest.param(None, True, marks=pytest.mark.full),
+        pytest.param("packed", False, marks=pytest.mark.full),
+        pytest.param("gaps", True, marks=pytest.mark.full),
+    ],
+)
 def test_paper_mode_is_the_balanced_definition(layout, shared, x64):
     config = dataclasses.replace(PAPER, shared_qk=shared, routing_heads=1)
     q, k, v, x = cases.arrays(SHAPE, 1, 1, T)

@@ -11,6 +11,7 @@ import math
 
 import numpy as np
 import pytest
+from compiled import decoder_logits
 from safetensors.numpy import save_file
 
 import models
@@ -177,9 +178,8 @@ def visible(q, k, t, sparse):
 
 
 def logits_of(folder, context=None, dtype=None):
-    return np.asarray(
-        models.load(folder, context=context, dtype=dtype).decoder(TOKENS[None]).logits
-    )[0]
+    loaded = models.load(folder, context=context, dtype=dtype)
+    return np.asarray(decoder_logits(loaded.decoder, TOKENS[None]))[0]
 
 
 def described(tensors, sparse, which="short_factor"):

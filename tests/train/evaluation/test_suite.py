@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled import decoder_logits
 from evaluation_cases import MODEL
 from flax import nnx
 
@@ -112,7 +113,7 @@ def test_rolling_perplexity_reads_texts_window_by_window(subject, tmp_path):
     plan = Plan(("rolling_perplexity",), (120,), 5, scored=16)
     (row,) = run(subject, plan, tmp_path).rows
     windows = [text[at : at + 120] for text in documents(None) for at in (0, 119, 238)][:5]
-    log_p = jax.nn.log_softmax(subject.decoder(np.stack(windows)).logits[:, :-1])
+    log_p = jax.nn.log_softmax(decoder_logits(subject.decoder, np.stack(windows))[:, :-1])
     nats = -jnp.take_along_axis(log_p, np.stack(windows)[:, 1:, None], axis=-1)
     assert row.value == pytest.approx(float(nats.mean()), rel=1e-5)
     with pytest.raises(ValueError, match="14 held-out windows have 120 tokens"):
