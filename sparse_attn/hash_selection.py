@@ -11,7 +11,6 @@ import dataclasses
 import functools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, UInt32
@@ -20,6 +19,7 @@ from kernels_pallas.gather_decode import gather_tokens
 from kernels_pallas.hamming import Threshold, code_signs, hamming_select, hamming_threshold
 from sparse_attn.documents import Rows
 from sparse_attn.masked import masked_attention
+from sparse_attn.one_head import apart, by_kv_head, map_kv_heads
 from sparse_attn.selecting import allowed_keys
 from sparse_attn.shards import WHOLE, Shards
 
@@ -29,9 +29,6 @@ if TYPE_CHECKING:
 
 FEW_ROWS = 8
 """Up to so many rows a decode step gathers the listed keys instead of masking all of them."""
-
-TOGETHER_BYTES = 2**28
-"""Masked rows of all kv heads are attended at once if the keys take so much in float32 at most."""
 
 FINEST_FRACTION = 2**14
 """Fractional budgets are rounded to a denominator up to this."""
@@ -156,9 +153,9 @@ def masked(
 
     A selection is kept as score threshold and tie cut-off: O(T) memory, also for the backward
     pass, which compares scores with them again. Keys, values, signs and their gradients are
-    O(S) in float32, of one kv head at a time where that is much (:data:`TOGETHER_BYTES`).
+    O(S) in float32, of one kv head at a time where that is much.
     """
-    kv_heads, keys = k.shape[2], k.shape[1]
+    keys, kv_heads = k.shape[1:3]
     place = candidates(config, rows, q_codes.shape[2])
     threshold = hamming_threshold(
         q_codes,
@@ -198,18 +195,11 @@ def masked(
             implementation=config.implementation,
         ).out
 
-    parts = (q, k, v, q_codes, k_codes, threshold)
-    if kv_heads == 1 or 4 * k.size <= TOGETHER_BYTES:
-        return attend(parts)
-
-    def by_head(x: Array, axis: int = 2) -> Array:
-        x = x.reshape(*x.shape[:axis], kv_heads, -1, *x.shape[axis + 1 :])
-        return jnp.moveaxis(x, axis, 0)
-
-    codes = by_head(q_codes), by_head(k_codes, axis=1)
-    split = (*map(by_head, (q, k, v)), *codes, Threshold(*map(by_head, threshold)))
-    out = jnp.moveaxis(jax.lax.map(jax.checkpoint(attend), split), 0, 2)
-    return out.reshape(*q.shape[:3], -1)
+    if not apart(k, element_bytes=4):
+        return attend((q, k, v, q_codes, k_codes, threshold))
+    *heads, level, cutoff = (by_kv_head(x, kv_heads) for x in (q, k, v, q_codes, *threshold))
+    codes = by_kv_head(k_codes, kv_heads, axis=1)
+    return map_kv_heads(attend, (*heads, codes, Threshold(level, cutoff)))
 
 
 def part_sums(

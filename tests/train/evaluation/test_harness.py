@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -184,7 +185,9 @@ def offline_tasks(tmp_path, smollm2, harness):
     }
     (tmp_path / "local_text.yaml").write_text(json.dumps(task))
     metadata = {"tokenizer": name, "max_seq_lengths": [1024]}
-    return TaskManager(include_path=str(tmp_path), metadata=metadata)
+    # The harness has thousands of other tasks, whose files take a quarter of a minute to index.
+    folders = [str(tmp_path), str(Path(lm_eval.tasks.__file__).parent / "ruler")]
+    return TaskManager(include_path=folders, include_defaults=False, metadata=metadata)
 
 
 @pytest.mark.filterwarnings("ignore")
