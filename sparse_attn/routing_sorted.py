@@ -18,7 +18,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kernels_pallas.ranged import ranged_attention
 from sparse_attn.documents import Rows
-from sparse_attn.one_head import apart, by_kv_head, map_kv_heads
 from sparse_attn.routing_by_head import Ranges, attend_by_head
 from sparse_attn.types import AttentionOutput, merge
 
@@ -153,24 +152,7 @@ def three_sets(
         alone = whole and config.local_window == 1
         return attend_by_head(sinks if config.sinks else 0, alone, q, k, v, sorting, ranges)
     routed = clusters.shape[2]
-    if not apart(k, k.dtype.itemsize):
-        return merge(*_parts(config, q, k, v, sorting, rows, routed=routed, packed=packed)).out
-    kv_heads = routed * k.shape[2] // q.shape[2]
-    heads = (
-        by_kv_head(x, kv_heads) for x in (q[:, :, :routed], k[:, :, :kv_heads], v[:, :, :kv_heads])
-    )
-    lines = jax.tree.map(lambda a: by_kv_head(a.reshape(q.shape[0], -1), kv_heads, axis=1), sorting)
-
-    def attend(part: tuple[Array, Array, Array, Sorting]) -> Array:
-        q, k, v, sorting = part
-        group = q.shape[2]
-        return merge(*_parts(config, q, k, v, sorting, rows, routed=group, packed=packed)).out
-
-    out = map_kv_heads(attend, (*heads, lines))
-    if routed == q.shape[2]:
-        return out
-    others = q[:, :, routed:], k[:, :, kv_heads:], v[:, :, kv_heads:]
-    return jnp.concatenate([out, merge(*_near(config, *others, rows, packed=packed)).out], axis=2)
+    return merge(*_parts(config, q, k, v, sorting, rows, routed=routed, packed=packed)).out
 
 
 def local_range(config: Routing, rows: Rows) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
@@ -196,18 +178,6 @@ def local_attention(
     return ranged_attention(q, k, v, begin, end, implementation=config.implementation)
 
 
-def _near(
-    config: Routing, q: Array, k: Array, v: Array, rows: Rows, *, packed: bool
-) -> list[AttentionOutput]:
-    """Attention over the local window and the sinks (if any)."""
-    found = [local_attention(config, q, k, v, rows)]
-    if config.sinks:
-        few = (k, v) if packed else (k[:, : config.sinks], v[:, : config.sinks])
-        begin, end = sink_range(config, rows)
-        found.append(ranged_attention(q, *few, begin, end, implementation=config.implementation))
-    return found
-
-
 def _parts(
     config: Routing,
     q: Array,
@@ -221,7 +191,11 @@ def _parts(
 ) -> list[AttentionOutput]:
     """Attention over each set, for all heads: local, sinks (if any), routed."""
     (B, T, N, _), K = q.shape, k.shape[2]
-    found = _near(config, q, k, v, rows, packed=packed)
+    found = [local_attention(config, q, k, v, rows)]
+    if config.sinks:
+        few = (k, v) if packed else (k[:, : config.sinks], v[:, : config.sinks])
+        begin, end = sink_range(config, rows)
+        found.append(ranged_attention(q, *few, begin, end, implementation=config.implementation))
     kv_routed = routed * K // N
     out, lse = ranged_attention(
         sorting.sorted_q(q[:, :, :routed]),

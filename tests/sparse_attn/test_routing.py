@@ -436,27 +436,6 @@ def test_gradients_of_the_joint_softmax_equal_plain_autodiff(changes, x64):
         np.testing.assert_allclose(a, b, atol=1e-12)
 
 
-@pytest.mark.parametrize("routing_heads", [None, 1])
-def test_one_kv_head_at_a_time_changes_nothing(routing_heads, x64, monkeypatch):
-    config = dataclasses.replace(SMALL, routing_heads=routing_heads)
-    module = cases.mechanism(config, SHAPE, implementation="reference")
-    parts = cases.arrays(SHAPE, 1, 2, T)
-    ids = jnp.asarray([[1 + (t > T // 3) for t in range(T)], [int(t < T - 5) for t in range(T)]])
-    seed = jnp.asarray(np.random.default_rng(6).standard_normal((2, T, 4, 8)))
-
-    def run():
-        def total(parts):
-            out = module(cases.as_heads(*parts), segment_ids=ids)[0]
-            return jnp.sum(seed * out), out
-
-        return jax.jit(jax.value_and_grad(total, has_aux=True))(parts)
-
-    want = run()
-    monkeypatch.setattr("sparse_attn.one_head.TOGETHER_BYTES", 0)
-    for a, b in zip(jax.tree.leaves(run()), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-13)
-
-
 # Cache
 
 
