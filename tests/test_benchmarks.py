@@ -103,8 +103,10 @@ def test_tiny_run_writes_every_column(tmp_path):
             assert row["temp_bytes"] >= 0
     sparse = [row for row in rows if row["op"] == "block_sparse"]
     assert all(0 < row["union_ratio"] <= 5 for row in sparse)
-    decode = [row["ratio_to_dense"] for row in rows if row["op"] == "dense_decode"]
-    assert max(decode) == pytest.approx(1.0)
+    # Of all dense decode steps, the module's included, the fastest is what the others are held to.
+    dense = [row for row in rows if (row["mechanism"], row["direction"]) == ("dense", "decode")]
+    assert {row["op"] for row in dense} == {"dense_decode", "module"}
+    assert max(row["ratio_to_dense"] for row in dense) == pytest.approx(1.0)
     assert "ratios > 1 are faster" in run.stdout
 
 

@@ -143,7 +143,7 @@ def test_pictures_are_there_and_light():
     ("name", "changes"),
     [
         ("nsa", {}),
-        ("hash_attention", {"budget": 5, "recent": 7}),
+        pytest.param("hash_attention", {"budget": 5, "recent": 7}, marks=pytest.mark.full),
         pytest.param("infllm_v2", {"dense_len": 40, "selected_blocks": 4}, marks=pytest.mark.full),
         pytest.param(
             "routing",
