@@ -254,7 +254,10 @@ FIT = dataclasses.replace(SMALL, fit_rows=64, fit_top=6)
         {"positive_weight": 3.0, "positive_weight_per_token": 0.1},
         {"share": "query", "mapping": "linear", "value_aware_target": True, "balance": 0.5},
         {"loss": "ranking", "budget": 0.25, "hard_keys": True, "balance": 0.1},
-        {"loss": "ranking", "share": "query", "balance": 0.2, "value_aware_target": True},
+        pytest.param(
+            {"loss": "ranking", "share": "query", "balance": 0.2, "value_aware_target": True},
+            marks=pytest.mark.full,
+        ),
         {"loss": "ranking", "target_power": 0.5},
         {"loss": "ranking", "share": "query", "target_power": 1.0, "value_aware_target": True},
     ],
