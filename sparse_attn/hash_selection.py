@@ -195,7 +195,7 @@ def masked(
             implementation=config.implementation,
         ).out
 
-    if not apart(k, element_bytes=4):
+    if not apart(k):
         return attend((q, k, v, q_codes, k_codes, threshold))
     *heads, level, cutoff = (by_kv_head(x, kv_heads) for x in (q, k, v, q_codes, *threshold))
     codes = by_kv_head(k_codes, kv_heads, axis=1)

@@ -1,7 +1,7 @@
 """Attention one kv head at a time, where what all of them hold together would be much.
 
-Sorted or widened copies of all keys and values, and their gradients, grow with the whole sequence,
-however many devices split its rows.
+Float32 copies of all keys and values, and their gradients, grow with the whole sequence, however
+many devices split its rows.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
 TOGETHER_BYTES = 2**28
-"""All kv heads are attended at once if a copy of their keys takes so much at most."""
+"""All kv heads are attended at once if their keys take so much in float32 at most."""
 
 
-def apart(k: Float[Array, "B S K H"], element_bytes: int) -> bool:
-    """Whether copies of these keys, of so many bytes a number, are made for one head at a time."""
-    return k.shape[2] > 1 and k.size * element_bytes > TOGETHER_BYTES
+def apart(k: Float[Array, "B S K H"]) -> bool:
+    """Whether the heads of these keys are attended one at a time."""
+    return k.shape[2] > 1 and 4 * k.size > TOGETHER_BYTES
 
 
 def by_kv_head(x: Shaped[Array, "..."], kv_heads: int, axis: int = 2) -> Shaped[Array, "K ..."]:
-    """An array whose ``axis`` holds A heads, codes or lines, sorted to the K kv heads they belong
-    to: [K, ..., A/K, ...].
+    """An array whose ``axis`` holds A heads or lists, by the K kv heads they belong to:
+    [K, ..., A/K, ...].
     """
     x = x.reshape(*x.shape[:axis], kv_heads, -1, *x.shape[axis + 1 :])
     return jnp.moveaxis(x, axis, 0)
